@@ -1,4 +1,4 @@
-"""Optimizers that can step one flat chunk. The names resolve on first use, so that importing the package stays cheap."""
+"""Optimizers that can step one flat chunk. The names resolve on first use: importing the package stays cheap."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -1,0 +1,391 @@
+"""AdamW on one flat chunk: unscale, clip, update and write the low-precision copy in a single pass.
+
+    g ← s · g                                  s = 1 / loss scale × clip coefficient, one number on the device
+    g ← g + λ · p                              only Adam with L2 (decoupled=False)
+    m ← β₁ · m + (1 − β₁) · g
+    v ← β₂ · v + (1 − β₂) · g²
+    p ← p − (η · λ · p + η / c₁ · m / (√v / √c₂ + ε))          cₖ = 1 − βₖᵗ, or 1 without bias correction
+    out ← round(p)                             nearest even, or stochastic; the λ · p term only when decoupled
+
+Shapes   p, m, v, g, out: (n,)   s, found_inf: ()
+Types    p, m, v fp32; g fp32, bf16 or fp16; out bf16 or fp16
+Bytes    n · (24 + itemsize(g) + itemsize(out)): 28 n with a 16-bit gradient and copy
+Flops    15 n
+Source   Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101
+Roof     GPU: not measured yet. CPU (2 cores of an AMD EPYC): the table beside ``CPU_CHUNK_ELEMS``
+
+Every operation is rounded by itself, with the IEEE quotient and root and no contraction into fused multiply-adds: an
+element's result depends neither on where the buffer was cut nor on whether its tile was full, and the kernel equals
+``adamw_reference`` in fp32 to the last bit. η, ε, λ and s are runtime values: no schedule recompiles anything.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonspeed.kernels._triton import INTERPRETED, check_device, on_device_of, tl, triton, warp_size
+from tritonspeed.kernels.rounding import (
+    GROUP_ELEMS,
+    load_fp32,
+    round_nearest,
+    round_stochastic,
+    round_stochastic_reference,
+    store,
+)
+
+CPU_CHUNK_ELEMS = 512 * 1024
+CPU_LANE_ELEMS = 64  # torch's loop is vectorised in steps of at most this many; its scalar rest rounds differently
+
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COPY_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWStep:
+    """The numbers of one step, in the operator's order.
+
+    What follows from them is worked out here in fp64: 1 − 0.999 in fp32 would keep only 14 bits of 0.001.
+    """
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    bias_correction: bool
+    seed: int | None
+    first_element: int
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """β₁, 1 − β₁, β₂, 1 − β₂, ε, λ, η · λ, η / c₁, 1 / √c₂: the kernel's scalars, in its order."""
+        c1, c2 = (1 - self.beta1**self.step, 1 - self.beta2**self.step) if self.bias_correction else (1.0, 1.0)
+        return (
+            self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.eps, self.weight_decay,
+            self.lr * self.weight_decay, self.lr / c1, 1 / math.sqrt(c2),
+        )  # fmt: skip
+
+
+def adamw_reference(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool = True,
+    bias_correction: bool = True,
+    grad_scale: Tensor | None = None,
+    param_out: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    stochastic_rounding_seed: int | None = None,
+    first_element: int = 0,
+) -> None:
+    """The maths above in PyTorch, in place, in master's own dtype: what kernels and the CPU form must equal."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    at = AdamWStep(
+        step, lr, *betas, eps, weight_decay, decoupled, bias_correction, stochastic_rounding_seed, first_element
+    )
+    beta1, one_minus_beta1, beta2, one_minus_beta2, _, _, decay, step_size, inverse_root_c2 = at.coefficients
+    g = grad.to(master.dtype)
+    if grad_scale is not None:
+        g = g * grad_scale
+    if not decoupled:
+        g = g + weight_decay * master
+    exp_avg.copy_(beta1 * exp_avg + one_minus_beta1 * g)
+    exp_avg_sq.copy_(beta2 * exp_avg_sq + one_minus_beta2 * g * g)
+    update = step_size * (exp_avg / (exp_avg_sq.sqrt() * inverse_root_c2 + eps))
+    master.sub_(decay * master + update if decoupled else update)
+    if param_out is not None:
+        if stochastic_rounding_seed is None:
+            param_out.copy_(master)
+        else:
+            param_out.copy_(round_stochastic_reference(master, stochastic_rounding_seed, first_element))
+
+
+@triton.jit
+def _adamw_tile(
+    master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale, offsets, inside, seed, first_element,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
+    DECOUPLED: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    p = load_fp32(master_ptr + offsets, inside)  # [BLOCK], as all below
+    g = load_fp32(grad_ptr + offsets, inside)
+    m = load_fp32(exp_avg_ptr + offsets, inside)
+    v = load_fp32(exp_avg_sq_ptr + offsets, inside)
+    if scale is not None:
+        g = g * scale
+    if not DECOUPLED:
+        g = g + weight_decay * p
+    m = beta1 * m + one_minus_beta1 * g
+    v = beta2 * v + one_minus_beta2 * g * g
+    update = step_size * tl.div_rn(m, tl.sqrt_rn(v) * inverse_root_c2 + eps)
+    if DECOUPLED:
+        update = decay * p + update
+    p = p - update
+    store(exp_avg_ptr + offsets, m, inside)
+    store(exp_avg_sq_ptr + offsets, v, inside)
+    store(master_ptr + offsets, p, inside)
+    if out_ptr is not None:
+        if seed is None:
+            out = round_nearest(p, out_ptr.dtype.element_ty, INTERPRET)
+        else:
+            out = round_stochastic(p, first_element, seed, BLOCK)
+        store(out_ptr + offsets, out, inside)
+
+
+@triton.jit(do_not_specialize=["n", "seed", "first_element"])
+def _adamw_kernel(
+    master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale_ptr, found_inf_ptr, n, seed, first_element,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
+    DECOUPLED: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    if found_inf_ptr is not None:  # noqa: SIM102 — this test is the compiler's, the next one the GPU's
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    scale = None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    # a Python float is fp64 to Inductor and to the interpreter: pinned, or the whole tile would be promoted
+    beta1, one_minus_beta1 = tl.cast(beta1, tl.float32), tl.cast(one_minus_beta1, tl.float32)
+    beta2, one_minus_beta2 = tl.cast(beta2, tl.float32), tl.cast(one_minus_beta2, tl.float32)
+    eps, weight_decay, decay = tl.cast(eps, tl.float32), tl.cast(weight_decay, tl.float32), tl.cast(decay, tl.float32)
+    step_size, inverse_root_c2 = tl.cast(step_size, tl.float32), tl.cast(inverse_root_c2, tl.float32)
+
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # int64 once, in the base: n may pass 2³¹; offsets stay int32
+    offsets = tl.arange(0, BLOCK)
+    master_ptr += start
+    exp_avg_ptr += start
+    exp_avg_sq_ptr += start
+    grad_ptr += start
+    if out_ptr is not None:
+        out_ptr += start
+    # the split keeps the hot path's loads 16 bytes wide: a bound that 16 does not divide makes masked ones scalar
+    if start + BLOCK <= n:
+        _adamw_tile(
+            master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale, offsets, None, seed,
+            first_element + start,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
+            DECOUPLED, BLOCK, INTERPRET,
+        )  # fmt: skip
+    else:
+        _adamw_tile(
+            master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale, offsets, offsets < n - start, seed,
+            first_element + start,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
+            DECOUPLED, BLOCK, INTERPRET,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWLaunch:
+    """How the kernel is launched. One rule for every size: the work per element does not depend on n."""
+
+    block: int
+    num_warps: int
+
+    @classmethod
+    def heuristic(cls, warp_size: int) -> "AdamWLaunch":
+        # 256 threads × 4 elements: fp32 moves 16 bytes an access, no layout changes through shared memory and 38-44
+        # registers a thread (sm_80 to sm_120), so every SM is full. Eight elements took 72 registers and 8 KiB of
+        # shared memory for the fp32 stores (ptxas, triton 3.9).
+        return cls(block=1024, num_warps=256 // warp_size)
+
+
+_library = torch.library.Library("tritonspeed", "FRAGMENT")
+_library.define(
+    "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor? grad_scale,"
+    " Tensor(d!)? param_out, Tensor? found_inf, SymInt step, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, bool decoupled, bool bias_correction, SymInt? seed, SymInt first_element) -> ()"
+)
+
+
+def launch_adamw_(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    grad_scale: Tensor | None,
+    param_out: Tensor | None,
+    found_inf: Tensor | None,
+    at: AdamWStep,
+    launch: AdamWLaunch | None = None,
+) -> None:
+    """Launch the kernel: the op on a GPU, and on a CPU under the interpreter. ``launch`` pins a configuration."""
+    n = master.numel()
+    if n == 0:
+        return
+    with on_device_of(master):
+        launch = launch or AdamWLaunch.heuristic(warp_size())
+        _adamw_kernel[(triton.cdiv(n, launch.block),)](
+            master, exp_avg, exp_avg_sq, grad, param_out, grad_scale, found_inf, n, at.seed, at.first_element,
+            *at.coefficients, DECOUPLED=at.decoupled, BLOCK=launch.block, INTERPRET=INTERPRETED,
+            num_warps=launch.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _torch_step_(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, at: AdamWStep) -> None:
+    """torch's vectorised loop over fp32, without its scalar rest: that rounds differently, and would show the cut."""
+    fused_ = torch._fused_adamw_ if at.decoupled else torch._fused_adam_
+    # torch derives c₁ and c₂ from the step: βᵗ is 0 at t = ∞, which is "no bias correction"
+    step = torch.tensor(float(at.step) if at.bias_correction else math.inf)
+
+    def update_(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> None:
+        fused_(
+            [p], [g], [m], [v], [], [step], lr=at.lr, beta1=at.beta1, beta2=at.beta2, weight_decay=at.weight_decay,
+            eps=at.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    n = master.numel()
+    whole = n - n % CPU_LANE_ELEMS
+    update_(master[:whole], exp_avg[:whole], exp_avg_sq[:whole], grad[:whole])
+    if whole < n:
+        rests = [t[whole:] for t in (master, exp_avg, exp_avg_sq, grad)]
+        padded = [torch.cat((rest, rest.new_zeros(CPU_LANE_ELEMS - rest.numel()))) for rest in rests]
+        update_(*padded)
+        for rest, updated in zip(rests[:3], padded[:3], strict=True):
+            rest.copy_(updated[: rest.numel()])
+
+
+def _adamw_cpu_(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    grad_scale: Tensor | None,
+    param_out: Tensor | None,
+    found_inf: Tensor | None,
+    at: AdamWStep,
+) -> None:
+    """The op on a CPU, chunk by chunk, so that the fp32 gradient and the copy's source are met in the cache."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    n = master.numel()
+    as_it_is = grad_scale is None and grad.dtype == torch.float32
+    scratch = torch.empty(0 if as_it_is else min(n, CPU_CHUNK_ELEMS), dtype=torch.float32)
+    for start in range(0, n, CPU_CHUNK_ELEMS):
+        chunk = slice(start, min(start + CPU_CHUNK_ELEMS, n))
+        p, g = master[chunk], grad[chunk]
+        if not as_it_is:
+            g = scratch[: p.numel()].copy_(g)
+        if grad_scale is not None:
+            g.mul_(grad_scale)
+        _torch_step_(p, exp_avg[chunk], exp_avg_sq[chunk], g, at)
+        if param_out is not None and at.seed is None:
+            param_out[chunk].copy_(p)
+        elif param_out is not None:
+            param_out[chunk].copy_(round_stochastic_reference(p, at.seed, at.first_element + start))
+
+
+def _adamw_shapes_(*_arguments: object) -> None:
+    """The op on tensors without data: it returns nothing and changes no shape."""
+
+
+def _launched_(*arguments: Any) -> None:
+    launch_adamw_(*arguments[:7], AdamWStep(*arguments[7:]))
+
+
+def _on_cpu_(*arguments: Any) -> None:
+    _adamw_cpu_(*arguments[:7], AdamWStep(*arguments[7:]))
+
+
+_library.impl("adamw_", _launched_ if INTERPRETED else _on_cpu_, "CPU")
+for _key in ("CUDA", "XPU"):
+    _library.impl("adamw_", _launched_, _key)
+torch.library.register_fake("tritonspeed::adamw_", _adamw_shapes_, lib=_library)
+
+
+def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor, numel: int) -> None:
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"adamw_: {name} is {tensor.dtype}, must be {allowed}: convert it with {name}.to(...)")
+    if tensor.device != like.device:
+        raise ValueError(f"adamw_: {name} is on {tensor.device}, master on {like.device}: move one to the other")
+    if tensor.numel() != numel or not tensor.is_contiguous():
+        raise ValueError(
+            f"adamw_: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, must be contiguous with"
+            f" {numel} elements (master has shape {tuple(like.shape)}): pass a flat view, .flatten()"
+        )
+
+
+def adamw_(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool = True,
+    bias_correction: bool = True,
+    grad_scale: Tensor | None = None,
+    param_out: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    stochastic_rounding_seed: int | None = None,
+    first_element: int = 0,
+) -> None:
+    """One optimizer step of a flat chunk, in place. Cut a buffer into chunks anywhere: the numbers stay the same.
+
+    Args:
+        master: (n,) fp32, contiguous: the weights.
+        exp_avg: (n,) fp32: first moment.
+        exp_avg_sq: (n,) fp32: second moment.
+        grad: (n,) fp32, bf16 or fp16; not changed.
+        step: number of this step, from 1.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+        decoupled: AdamW's weight decay; False adds weight_decay · master to the gradient (Adam with L2).
+        bias_correction: False takes the moments as they are.
+        grad_scale: one fp32 element multiplied into the gradient: 1 / loss scale × clip coefficient.
+        param_out: (n,) bf16 or fp16, receives the rounded weights.
+        found_inf: one fp32 element; anything but 0 leaves every tensor untouched.
+        stochastic_rounding_seed: 0 ≤ seed < 2⁶³ rounds param_out (bf16) at random, unbiased; take a new one each step.
+        first_element: index of master[0] in the whole buffer, a multiple of 4: the random bits follow it.
+
+    Raises:
+        ValueError: types, devices or sizes that do not fit, or coefficients out of range.
+    """
+    check_device("adamw_", master)
+    n = master.numel()
+    _check("master", master, (torch.float32,), master, n)
+    _check("exp_avg", exp_avg, (torch.float32,), master, n)
+    _check("exp_avg_sq", exp_avg_sq, (torch.float32,), master, n)
+    _check("grad", grad, GRAD_DTYPES, master, n)
+    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if scalar is not None:
+            _check(name, scalar, (torch.float32,), master, 1)
+    if param_out is not None:
+        _check("param_out", param_out, COPY_DTYPES, master, n)
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"adamw_: betas are {betas}, each must be in [0, 1)")
+    if step < 1:
+        raise ValueError(f"adamw_: step is {step}, must be at least 1: count the step before the call")
+    if stochastic_rounding_seed is not None:
+        if param_out is None or param_out.dtype != torch.bfloat16:
+            given = "missing" if param_out is None else str(param_out.dtype)
+            raise ValueError(
+                f"adamw_: stochastic rounding writes a bfloat16 param_out, which is {given}: drop the seed"
+            )
+        if not 0 <= stochastic_rounding_seed < 2**63:
+            raise ValueError(f"adamw_: stochastic_rounding_seed is {stochastic_rounding_seed}, must be in [0, 2**63)")
+        if first_element < 0 or first_element % GROUP_ELEMS:
+            raise ValueError(
+                f"adamw_: first_element is {first_element}, must be a multiple of {GROUP_ELEMS}, not negative"
+            )
+    torch.ops.tritonspeed.adamw_(
+        master, exp_avg, exp_avg_sq, grad, grad_scale, param_out, found_inf, step, lr, beta1, beta2, eps, weight_decay,
+        decoupled, bias_correction, stochastic_rounding_seed, first_element,
+    )  # fmt: skip
