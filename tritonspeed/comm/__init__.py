@@ -1,0 +1,24 @@
+"""Ranks and what they send each other: the only importer of ``torch.distributed``.
+
+``mesh``         who is here: process groups, ranks, the device of this rank
+``collectives``  all-gather in place, reduce-scatter with an exact fp32 sum, small exchanges
+``flight``       what every rank has issued: a rolling hash, a log of the last operations, a watchdog
+"""
+
+from tritonspeed.comm.collectives import Pending, all_gather_, broadcast_, exchange, read_scalars, reduce_scatter, sum_
+from tritonspeed.comm.mesh import Mesh, init_distributed, is_initialized, mesh_of, shutdown
+
+__all__ = [
+    "Mesh",
+    "Pending",
+    "all_gather_",
+    "broadcast_",
+    "exchange",
+    "init_distributed",
+    "is_initialized",
+    "mesh_of",
+    "read_scalars",
+    "reduce_scatter",
+    "shutdown",
+    "sum_",
+]

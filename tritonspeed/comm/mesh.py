@@ -1,0 +1,127 @@
+"""Who is here: the process group, this rank's place in it, and the device it computes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from tritonspeed.comm.flight import FlightRecorder
+
+DEFAULT_TIMEOUT_S = 600  # a rank that waits longer than this is stuck, not slow
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One data-parallel axis: the ranks that share a model.
+
+    ``group`` is None for a single process that never started torch.distributed; every collective is then a no-op.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    backend: str  # "gloo", "nccl", "fake", or "none" for a single process
+    group: dist.ProcessGroup | None = None
+    flight: FlightRecorder = field(default_factory=FlightRecorder, compare=False)
+
+    @property
+    def is_simulated(self) -> bool:
+        """True under a fake process group: shapes and bytes are real, values are not."""
+        return self.backend == "fake"
+
+    def global_rank(self, rank: int) -> int:
+        """The rank that ``torch.distributed`` knows ``rank`` of this mesh by."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1 and not self.is_simulated:
+            dist.barrier(group=self.group)
+
+
+def is_initialized() -> bool:
+    """Whether a default process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def local_device() -> torch.device:
+    """The accelerator of this rank (LOCAL_RANK), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    distributed_port: int = 29500,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Start the default process group from the environment a launcher sets; a no-op where it exists.
+
+    Without a launcher (no RANK in the environment) this process is alone and no group is made.
+
+    Args:
+        dist_backend: "nccl", "gloo"; None takes nccl on GPUs and gloo on CPUs.
+        distributed_port: used where MASTER_PORT is not set.
+        timeout: how long a collective may take before it fails; None means 600 s.
+        init_method, rank, world_size: as ``torch.distributed.init_process_group``; read from the environment if left out.
+    """
+    if is_initialized():
+        return
+    if init_method is None and "RANK" not in os.environ:
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(distributed_port))
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend=dist_backend or ("nccl" if device.type == "cuda" else "gloo"),
+        init_method=init_method,
+        timeout=timeout or timedelta(seconds=DEFAULT_TIMEOUT_S),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+_meshes: dict[int, Mesh] = {}
+
+
+def mesh_of(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> Mesh:
+    """The mesh over ``group`` (None: everyone). Engines over one group share it, and so one flight log.
+
+    Args:
+        group: a process group, or an object with ``get_data_parallel_group()`` (Megatron's ``mpu``).
+        device: where tensors live; None takes this rank's accelerator.
+    """
+    if not is_initialized():
+        return Mesh(rank=0, world=1, device=device or local_device(), backend="none")
+    if hasattr(group, "get_data_parallel_group"):
+        group = group.get_data_parallel_group()
+    group = group or dist.group.WORLD
+    mesh = _meshes.get(id(group))
+    if mesh is None or mesh.group is not group or (device is not None and mesh.device != device):
+        backend = str(dist.get_backend(group))
+        if device is None:
+            device = local_device() if "nccl" in backend else torch.device("cpu")
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        store = dist.distributed_c10d._get_default_store() if world > 1 and backend != "fake" else None
+        mesh = Mesh(rank, world, device, backend, group, FlightRecorder(rank, world, store))
+        _meshes[id(group)] = mesh
+    return mesh
+
+
+def shutdown() -> None:
+    """End the default process group, where there is one, and forget its meshes."""
+    for mesh in _meshes.values():
+        mesh.flight.close()
+    _meshes.clear()
+    if is_initialized():
+        dist.destroy_process_group()

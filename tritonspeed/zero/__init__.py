@@ -1,0 +1,46 @@
+"""ZeRO: a training step as a loop over shards.
+
+Bottom up: ``stages`` what is sharded (a table) · ``layout`` where every element is (integers) · ``plan`` which parameter
+belongs to which unit · ``bucket`` one flat buffer over the ranks · ``group`` one unit at run time · ``order`` what comes
+next · ``reduce`` gradients leave in a fixed order · ``hooks`` when all this happens · ``step`` the optimizer over chunks ·
+``init``, ``gathered``, ``access`` building, looking and changing · ``shard`` the parts together.
+"""
+
+from tritonspeed.zero.access import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    set_z3_leaf_modules,
+)
+from tritonspeed.zero.gathered import GatheredParameters
+from tritonspeed.zero.init import Init
+from tritonspeed.zero.order import Limits
+from tritonspeed.zero.plan import LeafRules
+from tritonspeed.zero.shard import ShardedModel, ShardOptions, shard
+from tritonspeed.zero.step import StepFacts, ZeroOptimizer
+
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "LeafRules",
+    "Limits",
+    "ShardOptions",
+    "ShardedModel",
+    "StepFacts",
+    "ZeroOptimizer",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_optimizer_state",
+    "set_z3_leaf_modules",
+    "shard",
+]

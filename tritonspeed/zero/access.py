@@ -1,0 +1,158 @@
+"""Read and write one parameter's master, gradient or optimizer state, whole or this rank's part, at any stage.
+
+Names and signatures are DeepSpeed's (``deepspeed.utils.safe_get_full_fp32_param`` and its kin). The *full* ones are
+collective: every rank calls them, with the same parameter. The *local* ones give this rank's part of the parameter, flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from tritonspeed import comm
+from tritonspeed.zero.bucket import Bucket, ShardState
+from tritonspeed.zero.group import place_of
+from tritonspeed.zero.step import ZeroOptimizer
+
+
+def _part(p: Parameter) -> tuple[Bucket, int, int, int]:
+    """(bucket, lo, hi, start): p's elements [lo, hi) of the bucket that this rank's slice holds; p starts at start."""
+    _, bucket, index = place_of(p)
+    span = bucket.layout.spans[index]
+    lo, hi = max(bucket.own[0], span.offset), min(bucket.own[1], span.end)
+    return bucket, lo, max(lo, hi), span.offset
+
+
+def _master(bucket: Bucket, lo: int, hi: int) -> Tensor:
+    truth = bucket.master if bucket.trainable else bucket.shard
+    if truth is None:
+        return bucket.whole[lo:hi]
+    base = bucket.owned[0] if bucket.trainable else bucket.own[0]
+    return truth[lo - base : hi - base]
+
+
+def _stepper(bucket: Bucket) -> ZeroOptimizer:
+    if bucket.stepper is None:
+        raise ValueError(f"'{bucket.name}' has no optimizer, so it has neither gradients nor optimizer state")
+    return bucket.stepper
+
+
+def _gradient(bucket: Bucket, lo: int, hi: int) -> Tensor | None:
+    grad = bucket.own_grad()
+    if grad is None:
+        return None
+    return grad[lo - bucket.own[0] : hi - bucket.own[0]].float() / _stepper(bucket).divisor
+
+
+def _state(bucket: Bucket, key: str, lo: int, hi: int) -> Tensor | None:
+    parts = [view for view, _ in _stepper(bucket).state_views(bucket, key, lo, hi)]
+    return torch.cat(parts) if parts else None
+
+
+def _assemble(p: Parameter, local: Callable[[Bucket, int, int], Tensor | None]) -> Tensor | None:
+    bucket, lo, hi, start = _part(p)
+    mine = local(bucket, lo, hi)
+    if mine is None:
+        return None
+    whole = torch.zeros(p.numel(), dtype=mine.dtype, device=mine.device)
+    whole[lo - start : hi - start] = mine
+    comm.sum_(bucket.mesh, whole, f"{bucket.name}: read")
+    return whole.view(p.shape)
+
+
+def _check_shape(p: Parameter, value: Tensor) -> Tensor:
+    if value.shape != p.shape:
+        raise ValueError(f"a value of shape {tuple(value.shape)} cannot be set on a parameter of {tuple(p.shape)}")
+    return value.detach().reshape(-1)
+
+
+def safe_get_full_fp32_param(param: Parameter) -> Tensor | None:
+    """The fp32 master of ``param``, whole, in its shape."""
+    return _assemble(param, lambda b, lo, hi: _master(b, lo, hi).float())
+
+
+@torch.no_grad()
+def safe_set_full_fp32_param(param: Parameter, value: Tensor) -> None:
+    """Set ``param``'s master, and what the modules see, from ``value`` (param's shape, equal on every rank)."""
+    flat = _check_shape(param, value)
+    _, bucket, index = place_of(param)
+    span = bucket.layout.spans[index]
+    if bucket.state is not ShardState.SHARDED:
+        bucket.whole[span.offset : span.end].copy_(flat)
+    lo, hi = bucket.owned if bucket.trainable else bucket.own
+    lo, hi = max(lo, span.offset), min(hi, span.end)
+    if lo < hi:
+        _master(bucket, lo, hi).copy_(flat[lo - span.offset : hi - span.offset])
+
+
+def safe_get_full_grad(param: Parameter) -> Tensor | None:
+    """The averaged, unscaled gradient of ``param`` since the last step, fp32, in its shape; None before a backward."""
+    return _assemble(param, _gradient)
+
+
+def safe_get_full_optimizer_state(param: Parameter, optim_state_key: str) -> Tensor | None:
+    """The optimizer's tensor ``optim_state_key`` ("exp_avg", ...) of ``param``, whole; None before the first step."""
+    bucket = place_of(param)[1]
+    if not any(True for _ in _stepper(bucket).state_views(bucket, optim_state_key, *bucket.own)):
+        return None
+    return _assemble(
+        param, lambda b, lo, hi: s if (s := _state(b, optim_state_key, lo, hi)) is not None else b.whole.new_empty(0)
+    )
+
+
+@torch.no_grad()
+def safe_set_full_optimizer_state(param: Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Set the optimizer's tensor ``optim_state_key`` of ``param`` from ``value`` (param's shape, equal on every rank).
+
+    Raises:
+        ValueError: the optimizer has no such state yet: its first step makes it.
+    """
+    flat = _check_shape(param, value)
+    _, bucket, index = place_of(param)
+    span = bucket.layout.spans[index]
+    if not any(True for _ in _stepper(bucket).state_views(bucket, optim_state_key, *bucket.owned)):
+        raise ValueError(f"the optimizer has no {optim_state_key!r} to set yet: its first step makes it")
+    for view, start in _stepper(bucket).state_views(bucket, optim_state_key, span.offset, span.end):
+        view.copy_(flat[start - span.offset : start - span.offset + view.numel()])
+
+
+def safe_get_local_fp32_param(param: Parameter) -> Tensor:
+    """This rank's part of ``param``'s master, flat; empty where it holds none of it."""
+    bucket, lo, hi, _ = _part(param)
+    return _master(bucket, lo, hi)
+
+
+def safe_get_local_grad(param: Parameter) -> Tensor | None:
+    """This rank's part of ``param``'s averaged, unscaled gradient, flat."""
+    bucket, lo, hi, _ = _part(param)
+    return _gradient(bucket, lo, hi)
+
+
+def safe_get_local_optimizer_state(param: Parameter, optim_state_key: str) -> Tensor | None:
+    """This rank's part of the optimizer's tensor, flat."""
+    bucket, lo, hi, _ = _part(param)
+    return _state(bucket, optim_state_key, lo, hi)
+
+
+def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: list[type | str]) -> list[nn.Module]:
+    """Mark modules never to be split into units: fetched whole, whichever of their children a rank calls.
+
+    Call it before ``initialize``. Blocks of a ModuleList are whole units already, mixture-of-experts ones included.
+
+    Returns:
+        The modules that were marked.
+
+    Raises:
+        ValueError: no module of the model is of these classes.
+    """
+    names = {c if isinstance(c, str) else c.__name__ for c in leaf_module_classes}
+    found = [m for m in model.modules() if names & {cls.__name__ for cls in type(m).__mro__}]
+    if not found:
+        have = sorted({type(m).__name__ for m in model.modules()})
+        raise ValueError(f"no module of {sorted(names)} in the model: it has {', '.join(have)}")
+    for module in found:
+        module._z3_leaf = True  # type: ignore[assignment]
+    return found

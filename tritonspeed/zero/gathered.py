@@ -1,0 +1,76 @@
+"""Whole parameters for the length of a ``with``: to look at them, or to change them on one rank for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from tritonspeed import comm
+from tritonspeed.zero.group import Group, groups_of, place_of
+
+
+class GatheredParameters:
+    """Make parameters whole on every rank inside the context. Collective: all ranks enter and leave.
+
+    Args:
+        params: one parameter, or any iterable of them (generators too, duplicates once); those that nobody shards are
+            passed over.
+        modifier_rank: the rank whose changes are kept: on leaving they are broadcast, and the masters cut from them
+            anew, at every stage. None means nothing is changed.
+        fwd_module: accepted for DeepSpeed's signature; units are found without it.
+        enabled: False makes the context a no-op.
+
+    Raises:
+        ValueError: on leaving, when parameters were changed in place although ``modifier_rank`` is None.
+    """
+
+    def __init__(
+        self,
+        params: Parameter | Iterable[Parameter],
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        items = [params] if isinstance(params, torch.Tensor) else list(params)
+        self.params = list({id(p): p for p in items}.values()) if enabled else []
+        self.modifier_rank = modifier_rank
+        self._groups: list[Group] = []
+        self._versions: dict[int, int] = {}
+
+    def __enter__(self) -> GatheredParameters:
+        self.params = [p for p in self.params if groups_of([p])]
+        self._groups = groups_of(self.params)
+        for group in self._groups:
+            group.acquire("gathered")
+        self._versions = {id(p): p._version for p in self.params}
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        changed = [p for p in self.params if p._version != self._versions[id(p)]]
+        try:
+            if kind is None and self.modifier_rank is not None:
+                self._keep_changes()
+            elif kind is None and changed:
+                raise ValueError(
+                    f"{len(changed)} parameter(s), the first of shape {tuple(changed[0].shape)}, were changed inside"
+                    " GatheredParameters with modifier_rank=None, and the changes would be lost: name the rank whose"
+                    " values to keep, modifier_rank=0"
+                )
+        finally:
+            for group in self._groups:
+                group.release("gathered")
+                group.reshard()
+
+    def _keep_changes(self) -> None:
+        assert self.modifier_rank is not None, "changes are kept of a rank that was named"
+        touched: dict[int, tuple[Any, list[int]]] = {}
+        for p in self.params:
+            _, bucket, index = place_of(p)
+            comm.broadcast_(bucket.mesh, p.data, self.modifier_rank, f"{bucket.name}: gathered")
+            touched.setdefault(id(bucket), (bucket, []))[1].append(index)
+        for bucket, indices in touched.values():
+            bucket.take_back(indices)

@@ -1,0 +1,106 @@
+"""A unit of communication at run time: its buckets go and come together, and it counts who needs it whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tritonspeed.zero.bucket import Bucket, ShardState
+
+_group_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> (Group, Bucket, index in bucket)
+
+
+class Group:
+    """The parameters that are gathered and freed together.
+
+    A *hold* is a reason to stay whole ("forward", "backward", "external", "gathered"), counted, so that nested calls of
+    one module, recomputation inside backward and ``GatheredParameters`` do not take it from under each other.
+
+    Args:
+        index: place in the fixed order of units.
+        name: the module's name, for logs and errors.
+        buckets: what it is made of.
+        modules: the modules whose call needs it.
+    """
+
+    def __init__(self, index: int, name: str, buckets: list[Bucket], modules: list[nn.Module]) -> None:
+        self.index, self.name, self.buckets, self.modules = index, name, buckets, modules
+        self.holds: Counter[str] = Counter()
+        self.num_elems = sum(b.layout.numel for b in buckets if b.frees)
+        self.frees = any(b.frees for b in buckets)
+        self.is_whole = True  # kept by wait and reshard: it is asked on every read of a parameter
+        for bucket in buckets:
+            for i, p in enumerate(bucket.parameters):
+                _group_of[p] = (self, bucket, i)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.frees and all(b.state is ShardState.SHARDED for b in self.buckets if b.frees)
+
+    def unshard(self) -> None:
+        """Start gathering what is sharded."""
+        for bucket in self.buckets:
+            bucket.unshard()
+
+    def wait(self) -> None:
+        """Until all of it is whole."""
+        for bucket in self.buckets:
+            bucket.wait()
+        self.is_whole = True
+
+    def acquire(self, reason: str) -> None:
+        """Make it whole, and keep it so for ``reason`` until ``release``."""
+        self.holds[reason] += 1
+        self.unshard()
+        self.wait()
+
+    def release(self, reason: str, every: bool = False) -> None:
+        """End one hold of ``reason`` (or every one of them). Freeing is the caller's decision: ``reshard``."""
+        if every or self.holds[reason] <= 1:
+            del self.holds[reason]
+        else:
+            self.holds[reason] -= 1
+
+    def disown(self, parameters: list[Parameter]) -> None:
+        """Leave these parameters to the group that has taken them over."""
+        for bucket in self.buckets:
+            bucket.disown(parameters)
+        self.buckets = [b for b in self.buckets if b.parameters]
+
+    def reshard(self) -> None:
+        """Free the parameters, unless somebody still holds them."""
+        if not self.holds and self.frees:
+            for bucket in self.buckets:
+                bucket.reshard()
+            self.is_whole = False
+
+
+def group_of(p: torch.Tensor) -> Group | None:
+    """The unit that ``p`` belongs to; None for a parameter that is not sharded by anyone."""
+    found = _group_of.get(p)
+    return found[0] if found else None
+
+
+def place_of(p: torch.Tensor) -> tuple[Group, Bucket, int]:
+    """p's unit, bucket, and number in the bucket.
+
+    Raises:
+        ValueError: p is not managed.
+    """
+    found = _group_of.get(p)
+    if found is None:
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is not managed by ZeRO: pass parameters of the model that was"
+            " given to initialize() or zero.shard()"
+        )
+    return found
+
+
+def groups_of(parameters: list[Parameter]) -> list[Group]:
+    """The distinct units of ``parameters``, in their fixed order; parameters that are not managed are passed over."""
+    groups = {id(g): g for g in map(group_of, parameters) if g is not None}
+    return sorted(groups.values(), key=lambda g: g.index)

@@ -1,0 +1,236 @@
+"""When units come and go: hooks on modules, on their inputs and outputs, and one callback.
+
+    forward of module k      unit k whole; unit k+1 on its way           (pre-forward hook)
+    after module k           unit k freed, unless it is needed again soon    (post-forward hook)
+    backward reaches k       unit k whole; unit k-1 on its way           (hook on k's outputs)
+    backward leaves k        unit k freed                                (hook on k's inputs)
+    backward has ended       what is left: units without such inputs, gradients not yet sent     (engine callback)
+
+The hooks sit on modules, not on the engine, so ``model(...)``, ``model.encoder(...)`` and ``generate`` work as they are.
+Recomputation inside backward (activation checkpointing, reentrant or not) finds its unit whole, or makes it so.
+[Note: reading a parameter from elsewhere] A fused head reads ``lm_head.weight`` without calling ``lm_head``. The modules'
+``_parameters`` are dictionaries that make the unit whole on such a read while a forward or backward is under way, and
+keep it until that ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from tritonspeed.zero.group import Group, group_of
+from tritonspeed.zero.order import Limits, Order
+from tritonspeed.zero.reduce import Reducer
+from tritonspeed.zero.tree import map_tensors, tensors_in
+
+
+def in_backward() -> bool:
+    """Whether this thread runs inside an autograd backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class GuardedParameters(dict):
+    """A module's ``_parameters``: see [Note: reading a parameter from elsewhere]."""
+
+    __slots__ = ("_groups", "_read")
+
+    def __init__(self, parameters: dict[str, Parameter | None], read: Callable[[Group], None]) -> None:
+        super().__init__(parameters)
+        groups = {name: group_of(p) for name, p in parameters.items() if p is not None}
+        self._groups = {name: group for name, group in groups.items() if group is not None and group.frees}
+        self._read = read
+
+    def __getitem__(self, name: str) -> Parameter | None:
+        group = self._groups.get(name)
+        if group is not None and not group.is_whole:
+            self._read(group)
+        return super().__getitem__(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self.items()),)  # a copied or pickled module is an ordinary one
+
+
+class Hooks:
+    """The order of events of one sharded model.
+
+    Args:
+        model: its root module.
+        groups: units, in their fixed order; group 0 is the root's.
+        reducer: where gradients go.
+        limits: how far to fetch ahead and what to keep.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[Group], reducer: Reducer, limits: Limits) -> None:
+        self.model, self.groups, self.reducer = model, groups, reducer
+        self.order = Order([g.num_elems for g in groups], limits)
+        self.backward_scale: Callable[[Tensor], Tensor] | None = None  # the engine's word on gradients of outputs
+        self.after_backward: Callable[[], None] | None = None
+        self.on_discard: Callable[[], None] | None = None  # gradients were dropped: a backward had not finished
+        self._handles: list[RemovableHandle] = []
+        self._guarded: list[nn.Module] = []
+        self._depth = 0  # forwards of hooked modules under way
+        self._backward_open = False
+        self._installed = False
+        self.install()
+
+    # installing
+
+    def install(self) -> None:
+        """Register every hook; a no-op where they are."""
+        if self._installed:
+            return
+        self._installed = True
+        frees = any(g.frees for g in self.groups)
+        self._hook_module(self.model, self.groups[0])
+        for group in self.groups:
+            if group.frees:
+                for module in group.modules:
+                    if module is not self.model:
+                        self._hook_module(module, group)
+            for bucket in group.buckets:
+                if bucket.trainable:
+                    for i, p in enumerate(bucket.parameters):
+                        self._handles.append(p.register_post_accumulate_grad_hook(self._taker(bucket, i)))
+        if frees:
+            for module in self.model.modules():
+                if module._parameters and type(module._parameters) is dict:
+                    module.__dict__["_parameters"] = GuardedParameters(module._parameters, self._read)
+                    self._guarded.append(module)
+
+    def remove(self) -> None:
+        """Take every hook off; ``install`` puts them back. Parameters stay where they are."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._guarded:
+            module.__dict__["_parameters"] = dict(module._parameters.items())
+        self._handles, self._guarded, self._installed = [], [], False
+
+    def _hook_module(self, module: nn.Module, group: Group) -> None:
+        @torch._dynamo.disable
+        def pre_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._pre_forward(group, module, args, kwargs)
+
+        @torch._dynamo.disable
+        def post_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return self._post_forward(group, module, output)
+
+        self._handles.append(module.register_forward_pre_hook(pre_forward, prepend=True, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(post_forward, always_call=True))
+
+    def _taker(self, bucket: Any, index: int) -> Callable[[Tensor], None]:
+        def take(p: Tensor) -> None:
+            gradient, p.grad = p.grad, None
+            assert gradient is not None, "a post-accumulate hook sees a gradient"
+            self._open_backward()
+            self.reducer.receive(bucket, index, gradient)
+
+        return take
+
+    # forward
+
+    def _pre_forward(self, group: Group, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        recomputing = in_backward()
+        if not recomputing and self._depth == 0:
+            self._begin_iteration()
+        self._depth += 1
+        if group.frees:
+            self._need(group, "backward" if recomputing else "forward")
+        if not torch.is_grad_enabled() or not group.frees:
+            return None
+        watched: list[Tensor] = []
+
+        def watch(t: Tensor) -> Tensor:
+            if not t.requires_grad:
+                return t
+            watched.append(t.view_as(t))  # a view of its own: its gradient is complete when this module's backward is
+            return watched[-1]
+
+        args, kwargs = map_tensors((args, kwargs), watch)
+        if len(watched) == 1:
+            watched[0].register_hook(lambda _: self._leave_backward(group))
+        elif watched:
+            torch.autograd.graph.register_multi_grad_hook(watched, lambda _: self._leave_backward(group))
+        return args, kwargs
+
+    def _post_forward(self, group: Group, module: nn.Module, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        recomputing = in_backward()
+        if group.frees and not recomputing:
+            group.release("forward")
+            if not (torch.is_grad_enabled() and self.order.keep(group.index, self._live_elems())):
+                group.reshard()
+        if torch.is_grad_enabled():
+            is_root = module is self.model and not recomputing
+            for tensor in tensors_in(output):
+                if tensor.requires_grad and (group.frees or is_root):
+                    tensor.register_hook(self._entering(group, is_root))
+        if self._depth == 0 and not recomputing and not torch.is_grad_enabled():
+            self._sweep("external")
+
+    def _entering(self, group: Group, is_root: bool) -> Callable[[Tensor], Tensor | None]:
+        def enter(gradient: Tensor) -> Tensor | None:
+            self._open_backward()
+            if group.frees and not group.holds["backward"]:
+                self._need(group, "backward")
+            if is_root and self.backward_scale is not None:
+                return self.backward_scale(gradient)
+            return None
+
+        return enter
+
+    def _begin_iteration(self) -> None:
+        if self._backward_open:  # a backward that raised never came to its callback
+            self._backward_open = False
+            self.reducer.reset()
+            self._sweep("backward", "forward", "external")
+            if self.on_discard is not None:
+                self.on_discard()
+        self.order.begin("train" if torch.is_grad_enabled() else "eval")
+
+    def _need(self, group: Group, reason: str) -> None:
+        """Make ``group`` whole for ``reason`` now, and start the units that come next."""
+        self.order.need(group.index)
+        group.holds[reason] += 1
+        group.unshard()
+        for index in self.order.ahead(self._live_elems()):
+            self.groups[index].unshard()
+        group.wait()
+
+    def _live_elems(self) -> int:
+        return sum(g.num_elems for g in self.groups if g.frees and not g.is_sharded)
+
+    def _read(self, group: Group) -> None:
+        if self._depth or in_backward():
+            group.acquire("external")
+
+    # backward
+
+    def _open_backward(self) -> None:
+        if not self._backward_open:
+            self._backward_open = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _leave_backward(self, group: Group) -> None:
+        if group.index != 0:  # the root stays until backward has ended
+            group.release("backward", every=True)
+            group.reshard()
+
+    def _end_backward(self) -> None:
+        self._backward_open = False
+        self.reducer.finish_backward()
+        self._sweep("backward", "external")
+        if self.after_backward is not None:
+            self.after_backward()
+
+    def _sweep(self, *reasons: str) -> None:
+        """End every hold for ``reasons`` and free whatever nobody holds: units fetched ahead in vain among them."""
+        for group in self.groups:
+            for reason in reasons:
+                group.release(reason, every=True)
+            if group.frees:
+                group.reshard()

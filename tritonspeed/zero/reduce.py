@@ -1,0 +1,113 @@
+"""Gradients leave in a fixed order, each bucket once it is complete, at most two under way.
+
+The order is the reverse of the units' own (the order in which backward fills them), the root and the persistent
+parameters last. It never depends on which gradient came first: that may differ between ranks, and between two runs.
+What a rank does not use leaves as zeros at the end of backward.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from torch import Tensor
+
+from tritonspeed.zero.bucket import Bucket
+from tritonspeed.zero.group import Group
+from tritonspeed.zero.plan import PERSISTENT, ROOT
+
+MAX_UNDER_WAY = 2  # one on the wire while the next fills: more would only hold memory
+
+
+def departure_order(groups: list[Group]) -> list[Bucket]:
+    """The trainable buckets of ``groups`` in the order in which they are reduced."""
+    late = {ROOT: 1, PERSISTENT: 2}
+    ordered = sorted(groups, key=lambda g: (late.get(g.name, 0), -g.index))
+    return [b for g in ordered for b in g.buckets if b.trainable]
+
+
+class Reducer:
+    """Takes gradients in any order, sends them in one.
+
+    Args:
+        buckets: in departure order.
+        overlap: send while backward goes on; otherwise each reduction is waited for at once.
+        max_elems: gradient elements under way at most (``reduce_bucket_size``); one bucket always may.
+        shards_gradients: reduce after every backward, not only at the end of an accumulation.
+    """
+
+    def __init__(self, buckets: list[Bucket], overlap: bool, max_elems: int, shards_gradients: bool) -> None:
+        self.buckets, self.overlap, self.max_elems = buckets, overlap, max_elems
+        self.shards_gradients = shards_gradients
+        self.num_accumulated = 1  # micro-steps per step: more than one makes stages 0, 1 accumulate before sending
+        self.sending = True  # False within an accumulation (stages 0, 1) and under no_sync
+        self._held_back = False  # some backward of this step did not send
+        self._position = {id(b): i for i, b in enumerate(buckets)}
+        self._expected = [len(b.parameters) for b in buckets]  # arrivals that complete a bucket, learned as it goes
+        self._arrived = [0] * len(buckets)
+        self._next = 0
+        self._under_way: deque[tuple[Bucket, Callable[[], None]]] = deque()
+
+    @property
+    def num_unsent(self) -> int:
+        """Buckets that hold gradients no reduction has taken yet."""
+        return sum(b.outbox is not None for b in self.buckets)
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether gradients are summed locally before they leave. The same on every rank: it decides the wire's dtype."""
+        local = self.num_accumulated > 1 or not self.sending or self._held_back
+        return local and not self.shards_gradients
+
+    def receive(self, bucket: Bucket, index: int, gradient: Tensor) -> None:
+        """One parameter's gradient has been computed."""
+        bucket.receive(index, gradient, self._accumulates)
+        position = self._position[id(bucket)]
+        self._arrived[position] += 1
+        if self.sending and self.overlap:
+            while self._next < len(self.buckets) and self._arrived[self._next] >= self._expected[self._next]:
+                self._send(self.buckets[self._next])
+                self._next += 1
+
+    def finish_backward(self) -> None:
+        """The last gradient of this backward is in: send what has not left, wait for what is under way."""
+        if self.sending:
+            for bucket in self.buckets[self._next :]:
+                self._send(bucket)
+            # a parameter that several recomputed segments use arrives several times: next time wait for all of them
+            self._expected = [n or len(b.parameters) for n, b in zip(self._arrived, self.buckets, strict=True)]
+        self._held_back = not self.sending
+        self._drain(0)
+        self._arrived = [0] * len(self.buckets)
+        self._next = 0
+
+    def flush(self) -> None:
+        """Send everything that is held back, on every rank alike: late gradients, an accumulation cut short."""
+        for bucket in self.buckets:
+            self._send(bucket)
+        self._drain(0)
+
+    def reset(self) -> None:
+        """Forget a backward that did not finish, and every gradient of its step."""
+        self._drain(0)
+        self._arrived = [0] * len(self.buckets)
+        self._next = 0
+        for bucket in self.buckets:
+            bucket.drop_grad()
+
+    def _send(self, bucket: Bucket) -> None:
+        room = self.max_elems - bucket.layout.numel
+        while self._under_way and (
+            len(self._under_way) >= MAX_UNDER_WAY or sum(b.layout.numel for b, _ in self._under_way) > room
+        ):
+            self._finish_oldest()
+        self._under_way.append((bucket, bucket.send(self._accumulates)))
+        if not self.overlap:
+            self._drain(0)
+
+    def _drain(self, keep: int) -> None:
+        while len(self._under_way) > keep:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        self._under_way.popleft()[1]()

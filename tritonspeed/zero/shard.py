@@ -1,0 +1,234 @@
+"""Put the parts together: a model and an optimizer become units, buckets, hooks and a step.
+
+    model, optimizer = ts.zero.shard(model, optimizer, stage=3, precision="bf16")
+    model(x).sum().backward()
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from tritonspeed import comm
+from tritonspeed.comm import Mesh
+from tritonspeed.precision import LossScaler, Policy
+from tritonspeed.zero.bucket import Bucket, BucketTypes, Ledger
+from tritonspeed.zero.group import Group, groups_of
+from tritonspeed.zero.hooks import Hooks
+from tritonspeed.zero.init import materialise
+from tritonspeed.zero.layout import lay_out
+from tritonspeed.zero.order import Limits
+from tritonspeed.zero.plan import PERSISTENT, LeafRules, UnitPlan, plan_units
+from tritonspeed.zero.reduce import Reducer, departure_order
+from tritonspeed.zero.stages import Stage, stage_of
+from tritonspeed.zero.step import ZeroOptimizer
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How a model is sharded. Sizes in elements; names and defaults are DeepSpeed's.
+
+    ``wire`` is the dtype gradients travel in (None: their own; sums are fp32 whatever it is); ``overlap`` sends them while
+    backward goes on. ``accumulate`` is the dtype of their sum over micro-steps.
+    """
+
+    overlap: bool = True
+    reduce_bucket_size: int = 500_000_000
+    sub_group_size: int = 1_000_000_000
+    param_persistence_threshold: int = 100_000
+    model_persistence_threshold: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    leaves: LeafRules = field(default_factory=LeafRules)
+    wire: torch.dtype | None = None
+    average: bool = True
+    check_overflow: bool = True
+
+
+class ShardedModel:
+    """The run-time state of one sharded model: what the engine drives. Holds no module state of its own.
+
+    Args:
+        model: its parameters are moved into buckets; its hooks are installed.
+        stage: 0 to 3.
+        policy: dtypes; ``None`` keeps every parameter's own dtype, with fp32 masters for the 16-bit ones.
+        options: sizes and switches.
+        mesh: the ranks; None is everyone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: int = 0,
+        policy: Policy | None = None,
+        options: ShardOptions | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.model, self.options = model, options or ShardOptions()
+        self.stage: Stage = stage_of(stage)
+        self.mesh = mesh or comm.mesh_of()
+        self.ledger = Ledger()
+        self.policy = policy
+        self.plans = plan_units(
+            model,
+            self.options.leaves,
+            self.options.param_persistence_threshold,
+            self.options.model_persistence_threshold,
+        )
+        self.groups = self._build_groups()
+        self._move_buffers()
+        trainable = departure_order(self.groups)
+        self.reducer = Reducer(
+            trainable, self.options.overlap, self.options.reduce_bucket_size, self.stage.shards_gradients
+        )
+        self.hooks = Hooks(model, self.groups, self.reducer, self.options.limits)
+        for group in self.groups:
+            group.reshard()
+        self.ledger.reset_peak()
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Every bucket, in unit order."""
+        return [b for g in self.groups for b in g.buckets]
+
+    def types_of(self, p: Parameter) -> BucketTypes:
+        """The dtypes of ``p``'s bucket."""
+        policy = self.policy or Policy.of(torch.float32)
+        compute = policy.param if self.policy and p.is_floating_point() and policy.param != torch.float32 else p.dtype
+        double = p.dtype == torch.float64
+        return BucketTypes(
+            compute=compute,
+            master=torch.float64 if double else policy.master,
+            accumulate=torch.float64 if double else policy.accumulate,
+            reduce=self.options.wire,
+        )
+
+    def _build_groups(self) -> list[Group]:
+        groups = []
+        for plan in self.plans:
+            groups.append(self._build_group(len(groups), plan))
+        return groups
+
+    def _build_group(self, index: int, plan: UnitPlan) -> Group:
+        parameters = [p for _, p in plan.parameters]
+        materialise(self.model, parameters)
+        earlier = groups_of(parameters)  # parameters that zero.Init has sharded one module at a time
+        for group in earlier:
+            group.acquire("regroup")
+        types = {p: self.types_of(p) for p in parameters}
+        buckets = []
+        for number, members in enumerate(plan.buckets({p: t.compute for p, t in types.items()})):
+            first = types[members[0][1]]
+            shapes = [(name, tuple(p.shape)) for name, p in members]
+            buckets.append(
+                Bucket(
+                    f"{plan.name}.{number}" if number else plan.name,
+                    lay_out(shapes, first.compute.itemsize, self.mesh.world),
+                    [p for _, p in members],
+                    first,
+                    self.mesh,
+                    self.stage,
+                    self.ledger,
+                    persistent=plan.name == PERSISTENT,
+                )
+            )
+        made = Group(index, plan.name, buckets, plan.modules)
+        for group in earlier:
+            group.disown(parameters)
+            group.release("regroup")
+            group.reshard()
+        made.reshard()
+        return made
+
+    def _move_buffers(self) -> None:
+        """Buffers to the device, in the parameters' dtype, with rank 0's values: as DeepSpeed's engine does."""
+        param = self.policy.param if self.policy else None
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                cast = buffer.is_floating_point() and param not in (None, torch.float32)
+                buffer.data = buffer.data.to(self.mesh.device, param if cast else buffer.dtype)
+                comm.broadcast_(self.mesh, buffer.data, 0, f"buffer {name}")
+
+    def attach(self, optimizer: torch.optim.Optimizer, **options: Any) -> ZeroOptimizer:
+        """Step ``optimizer`` on this model's shards; ``options`` are those of ``ZeroOptimizer``."""
+        return ZeroOptimizer(
+            optimizer,
+            self.reducer.buckets,
+            self.mesh,
+            self.reducer,
+            self.ledger,
+            average=self.options.average,
+            sub_group_size=self.options.sub_group_size,
+            check_overflow=self.options.check_overflow,
+            **options,
+        )
+
+    def full_state_dict(self, rank0_only: bool = True) -> dict[str, Tensor]:
+        """Every parameter and buffer whole, on the CPU, one unit in memory at a time. Collective: all ranks call it.
+
+        Args:
+            rank0_only: other ranks return an empty dictionary.
+        """
+        wanted = not rank0_only or self.mesh.rank == 0
+        found: dict[str, Tensor] = {}
+        names: dict[Parameter, list[str]] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(p, []).append(name)
+        for group in self.groups:
+            group.acquire("state_dict")
+            for bucket in group.buckets if wanted else ():
+                for p in bucket.parameters:
+                    found |= dict.fromkeys(names[p], p.detach().to("cpu", copy=True))
+            group.release("state_dict")
+            group.reshard()
+        if not wanted:
+            return {}
+        tensors = {**found, **{n: b.detach().to("cpu", copy=True) for n, b in self.model.named_buffers()}}
+        order = self.model.state_dict(keep_vars=True)
+        return {name: tensors[name] for name in order if name in tensors}
+
+    def destroy(self) -> None:
+        """Take the hooks off and make the model an ordinary one again, whole on every rank. Collective at stage 3."""
+        self.hooks.remove()
+        for group in self.groups:
+            group.acquire("destroyed")
+
+
+def shard(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    stage: int = 3,
+    precision: str | Policy | None = None,
+    gradient_clipping: float = 0.0,
+    options: ShardOptions | None = None,
+    scaler: LossScaler | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[nn.Module, ZeroOptimizer | None]:
+    """Shard a model and step an optimizer on the shards, without an engine.
+
+    Args:
+        model: trained in place; call it, and ``loss.backward()``, as before.
+        optimizer: any elementwise torch optimizer over the model's parameters, or None (inference, frozen).
+        stage: ZeRO 0 to 3.
+        precision: "bf16", "fp16", "fp32" or a policy; None keeps every parameter's dtype.
+        gradient_clipping: bound on the global gradient norm; 0 is off.
+        options: sizes and switches.
+        scaler: loss scale for fp16: multiply the loss with ``optimizer.loss_scale``.
+        mesh: the ranks; None is everyone.
+
+    Returns:
+        The same model, and the optimizer to call ``step()`` on. Micro-steps accumulate until then.
+    """
+    policy = Policy.of(precision) if isinstance(precision, str) else precision
+    sharded = ShardedModel(model, stage, policy, options, mesh)
+    model.__dict__["_tritonspeed"] = sharded  # keeps it alive, and finds it again
+    if optimizer is None:
+        return model, None
+    return model, sharded.attach(optimizer, gradient_clipping=gradient_clipping, scaler=scaler)
+
+
