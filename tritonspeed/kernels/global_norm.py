@@ -13,11 +13,11 @@ Two stages without atomics: each program adds up one fixed segment, one program 
 of every addition follows from the sizes alone, so two runs, and any number of CPU threads, agree to the last bit.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritonspeed.kernels._triton import INTERPRETED, check_device, on_device_of, tl, triton, warp_size
@@ -99,21 +99,32 @@ def launch_sum_of_squares(tensors: Sequence[Tensor], launch: GlobalNormLaunch | 
     return total
 
 
+def _add_up(x: Tensor) -> Tensor:
+    """Σ x of (n,) fp64 in rows, so that no sum is ever split among threads."""
+    while x.numel() > CPU_ROW_ELEMS:
+        x = F.pad(x, (0, -x.numel() % CPU_ROW_ELEMS)).view(-1, CPU_ROW_ELEMS).sum(1)
+    return x.sum()
+
+
+def _row_norms(x: Tensor) -> list[Tensor]:
+    """The fp32 norm of each row of (n,) fp32, and of what is left; a row is one thread's work."""
+    whole = x.numel() - x.numel() % CPU_ROW_ELEMS
+    rows = (x[:whole].view(-1, CPU_ROW_ELEMS), x[whole:].view(1, -1))
+    return [torch.linalg.vector_norm(part, dim=1) for part in rows if part.numel()]
+
+
 def _sum_of_squares_cpu(tensors: Sequence[Tensor]) -> Tensor:
-    """The op on a CPU. A row is one thread's work, a chunk's rows are too few to be split, and fsum is exact:
-    the number of threads changes nothing."""
-    parts = []
+    """The op on a CPU: the same additions in the same order for any number of threads."""
+    norms = [torch.zeros(0)]
     for x in tensors:
         flat = x.reshape(-1)
-        scratch = torch.empty(0 if x.dtype == torch.float32 else min(x.numel(), CPU_CHUNK_ELEMS), dtype=torch.float32)
+        if flat.dtype == torch.float32:
+            norms += _row_norms(flat)
+            continue
+        scratch = torch.empty(min(flat.numel(), CPU_CHUNK_ELEMS), dtype=torch.float32)
         for chunk in flat.split(CPU_CHUNK_ELEMS):
-            if chunk.dtype != torch.float32:
-                chunk = scratch[: chunk.numel()].copy_(chunk)
-            whole = chunk.numel() - chunk.numel() % CPU_ROW_ELEMS
-            for rows in (chunk[:whole].view(-1, CPU_ROW_ELEMS), chunk[whole:].view(1, -1)):
-                if rows.numel():
-                    parts.append(torch.linalg.vector_norm(rows, dim=1).double().square().sum().item())
-    return torch.tensor(math.fsum(parts), dtype=torch.float64)
+            norms += _row_norms(scratch[: chunk.numel()].copy_(chunk))
+    return _add_up(torch.cat(norms).double().square_())
 
 
 def _sum_of_squares_shape(tensors: Sequence[Tensor]) -> Tensor:
