@@ -1,0 +1,95 @@
+"""Run `run_one` in processes of its own, each system under its own interpreter, and read back its line of JSON."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "RESULT "  # the line that carries the JSON; systems print much else on stdout
+OURS = "tritonspeed"
+
+
+class RunFailed(RuntimeError):
+    """A run ended badly, or ran past its limit; the message ends with what it said last."""
+
+
+def python_for(system: str, peer_python: str | None) -> str:
+    """The interpreter that has the system: DeepSpeed lives in the peers' environment, ours and torch's own in this one.
+
+    torch's systems run where DeepSpeed runs when that is given, since both environments pin the same torch.
+    """
+    return sys.executable if system == OURS or peer_python is None else peer_python
+
+
+def environment(python: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A run's environment: that interpreter's own tools (ninja) first on PATH, DeepSpeed told there is no GPU."""
+    tools = str(Path(python).parent)  # not resolved: a virtual environment's python is a link out of it
+    return {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", **(extra or {})}
+
+
+def run(
+    python: str,
+    arguments: Sequence[str],
+    *,
+    num_ranks: int = 2,
+    limit_s: float = 180,
+    extra_environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Launch run_one on `num_ranks` gloo ranks, one torch thread each (torchrun's default), and return what it printed.
+
+    Raises:
+        RunFailed: a rank ended with an error, or `limit_s` seconds were not enough; the whole process group is ended
+        first.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", str(port)]
+    command += ["-m", "bench.systems.run_one", *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(python, extra_environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise RunFailed(f"{' '.join(arguments)}: not done after {limit_s} s\n{output[-2000:]}") from None
+    results = [line[len(MARK) :] for line in output.splitlines() if line.startswith(MARK)]
+    if process.returncode or not results:
+        raise RunFailed(f"{' '.join(arguments)}: exit status {process.returncode}\n{output[-4000:]}")
+    return json.loads(results[-1])
+
+
+def wait_until_idle(idle_fraction: float = 0.9, limit_s: float = 30) -> float:
+    """Wait for a second in which the cores were idle for that fraction of the time; return the last second's fraction.
+
+    After `limit_s` seconds it goes on all the same: a busy machine is reported, not refused.
+    """
+    end = time.monotonic() + limit_s
+    while True:
+        before = _cpu_ticks()
+        time.sleep(1)
+        after = _cpu_ticks()
+        total = sum(after) - sum(before)
+        fraction = (after[3] - before[3]) / total if total else 1.0
+        if fraction >= idle_fraction or time.monotonic() >= end:
+            return fraction
+
+
+def _cpu_ticks() -> list[int]:
+    """user, nice, system, idle, ... of all cores together."""
+    return [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
