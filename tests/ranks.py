@@ -1,6 +1,7 @@
 """Real gloo ranks for tests: processes that live as long as the session and run one function after another.
 
-A world is started once (forkserver: torch is imported once) and reused, so a distributed case costs milliseconds. A case
+A world is started once (forkserver: torch is imported once) and reused, so a distributed case costs milliseconds. A
+case
 that fails or hangs takes its world down; the next one gets a new world.
 """
 

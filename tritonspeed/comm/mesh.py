@@ -71,7 +71,8 @@ def init_distributed(
         dist_backend: "nccl", "gloo"; None takes nccl on GPUs and gloo on CPUs.
         distributed_port: used where MASTER_PORT is not set.
         timeout: how long a collective may take before it fails; None means 600 s.
-        init_method, rank, world_size: as ``torch.distributed.init_process_group``; read from the environment if left out.
+        init_method, rank, world_size: as ``torch.distributed.init_process_group``; read from the environment if left
+        out.
     """
     if is_initialized():
         return

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Pending
-from tritonspeed.zero.layout import Layout, Span
+from tritonspeed.zero.layout import Layout
 from tritonspeed.zero.stages import Stage
 
 

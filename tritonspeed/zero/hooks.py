@@ -6,9 +6,11 @@
     backward leaves k        unit k freed                                (hook on k's inputs)
     backward has ended       what is left: units without such inputs, gradients not yet sent     (engine callback)
 
-The hooks sit on modules, not on the engine, so ``model(...)``, ``model.encoder(...)`` and ``generate`` work as they are.
+The hooks sit on modules, not on the engine, so ``model(...)``, ``model.encoder(...)`` and ``generate`` work as they
+are.
 Recomputation inside backward (activation checkpointing, reentrant or not) finds its unit whole, or makes it so.
-[Note: reading a parameter from elsewhere] A fused head reads ``lm_head.weight`` without calling ``lm_head``. The modules'
+[Note: reading a parameter from elsewhere] A fused head reads ``lm_head.weight`` without calling ``lm_head``. The
+modules'
 ``_parameters`` are dictionaries that make the unit whole on such a read while a forward or backward is under way, and
 keep it until that ends.
 """

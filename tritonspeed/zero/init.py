@@ -3,8 +3,10 @@
     with ts.zero.Init():
         model = HugeModel()          # every rank keeps 1/N of each parameter, rank 0's values
 
-PyTorch's own registration hook tells when a module joins its parent: by then it is constructed. Initialisation that comes
-later in a constructor (``nn.init.normal_(self.fc.weight)``, ``self.apply(init)``) finds the values whole, and what it writes
+PyTorch's own registration hook tells when a module joins its parent: by then it is constructed. Initialisation that
+comes
+later in a constructor (``nn.init.normal_(self.fc.weight)``, ``self.apply(init)``) finds the values whole, and what it
+writes
 is kept. Parameters on the meta device have no values yet: ``reset_parameters`` makes them, one unit at a time, when the
 model is sharded.
 """
@@ -59,7 +61,8 @@ class Init:
     Args:
         module: a finished model to shard now, instead of building one inside the context.
         data_parallel_group: the ranks; None is everyone.
-        config_dict_or_path, config: accepted as DeepSpeed does; precision is chosen when the model is sharded for training.
+        config_dict_or_path, config: accepted as DeepSpeed does; precision is chosen when the model is sharded for
+        training.
         enabled: False makes the context a no-op.
         dtype: cast parameters to this as they are sharded; None keeps their own.
         ignored: DeepSpeed's remaining arguments (mem_efficient_linear, remote_device "cpu", pin_memory, mpu, ...).

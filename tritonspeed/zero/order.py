@@ -18,7 +18,8 @@ class Limits:
 
     ``prefetch_bucket_size``  how far ahead to fetch: 0 is off; any other value is at least one unit.
     ``max_live_parameters``   fetch ahead and keep only while no more than this is whole.
-    ``max_reuse_distance``    keep a unit after forward if fewer elements than this are needed before it is needed again.
+    ``max_reuse_distance``    keep a unit after forward if fewer elements than this are needed before it is needed
+    again.
     """
 
     prefetch_bucket_size: int = 50_000_000

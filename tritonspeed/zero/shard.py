@@ -1,13 +1,12 @@
 """Put the parts together: a model and an optimizer become units, buckets, hooks and a step.
 
-    model, optimizer = ts.zero.shard(model, optimizer, stage=3, precision="bf16")
-    model(x).sum().backward()
-    optimizer.step()
+model, optimizer = ts.zero.shard(model, optimizer, stage=3, precision="bf16")
+model(x).sum().backward()
+optimizer.step()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +33,8 @@ from tritonspeed.zero.step import ZeroOptimizer
 class ShardOptions:
     """How a model is sharded. Sizes in elements; names and defaults are DeepSpeed's.
 
-    ``wire`` is the dtype gradients travel in (None: their own; sums are fp32 whatever it is); ``overlap`` sends them while
+    ``wire`` is the dtype gradients travel in (None: their own; sums are fp32 whatever it is); ``overlap`` sends them
+    while
     backward goes on. ``accumulate`` is the dtype of their sum over micro-steps.
     """
 
@@ -230,5 +230,3 @@ def shard(
     if optimizer is None:
         return model, None
     return model, sharded.attach(optimizer, gradient_clipping=gradient_clipping, scaler=scaler)
-
-

@@ -264,9 +264,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _count_state(self) -> None:
         if not self._state_bytes:  # states are made in the first step, and keep their size
-            tensors = [t for state in self.inner.state.values() for t in state.values() if isinstance(t, Tensor)]
-            self._state_bytes = sum(t.nbytes for t in tensors if t.ndim)
+            self._state_bytes = sum(self.state_bytes_of(bucket) for bucket in self.buckets)
             self.ledger.add("optimizer", self._state_bytes)
+
+    def state_bytes_of(self, bucket: Bucket) -> int:
+        """Bytes of the optimizer's tensors for one bucket on this rank."""
+        states = [self.state.get(chunk.master, {}) for chunk in self._chunks_of(bucket)]
+        return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step."""
@@ -282,4 +286,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.inner.load_state_dict(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-

@@ -1,0 +1,277 @@
+"""The order of events of a training step. Owns no tensor: buckets do; decides no number: the config does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonspeed.config import Config
+from tritonspeed.engine.explain import explain_plan
+from tritonspeed.engine.getters import Getters
+from tritonspeed.engine.report import StepReport
+from tritonspeed.precision import Policy
+from tritonspeed.zero import ShardedModel, ZeroOptimizer
+from tritonspeed.zero.tree import map_tensors
+
+log = logging.getLogger("tritonspeed")
+
+
+class Engine(Getters, nn.Module):
+    """A sharded model, its optimizer and schedule, stepped together. Made by ``initialize``.
+
+    Calls and names are DeepSpeed's; attributes that are not the engine's are the module's.
+
+    Args:
+        sharded: the model in its buckets.
+        optimizer: steps the shards; None for inference.
+        lr_scheduler: stepped after every step that was not skipped; None keeps the rate.
+        config: resolved.
+        policy: dtypes.
+    """
+
+    def __init__(
+        self,
+        sharded: ShardedModel,
+        optimizer: ZeroOptimizer | None,
+        lr_scheduler: Any,
+        config: Config,
+        policy: Policy,
+    ) -> None:
+        super().__init__()
+        self.module = sharded.model
+        self.sharded, self.optimizer, self.lr_scheduler = sharded, optimizer, lr_scheduler
+        self.config, self.policy, self.mesh = config, policy, sharded.mesh
+        self.training_dataloader: Any = None
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.last_step: StepReport | None = None
+        assert config.gradient_accumulation_steps is not None, "a resolved config has its batch sizes"
+        self._accumulation = config.gradient_accumulation_steps
+        self._micro_batch = config.train_micro_batch_size_per_gpu
+        self._boundary: bool | None = None  # set by the caller; None counts micro-steps
+        self._syncing = True
+        self._inside_backward = self._loss_was_scaled = False
+        self._losses: list[Tensor] = []
+        self._times_ms = dict.fromkeys(("forward", "backward", "step"), 0.0)
+        hooks = sharded.hooks
+        hooks.backward_scale, hooks.after_backward = self._scale_output_gradient, self._after_backward
+        hooks.on_discard = self._on_discard
+        self._plan_sending()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is not None and hasattr(module, name):
+                return getattr(module, name)
+            raise AttributeError(self._not_here(name)) from None
+
+    # forward, backward, step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; under autocast, and with inputs cast to fp16, where the config says so."""
+        with self._timed("forward"):
+            if self.config.fp16.enabled and self.config.fp16.auto_cast:
+                args, kwargs = map_tensors((args, kwargs), lambda t: t.half() if t.is_floating_point() else t)
+            kind = self.mesh.device.type
+            with torch.autocast(kind, self.policy.autocast) if self.policy.autocast else nullcontext():
+                return self.module(*args, **kwargs)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """``loss`` times the loss scale: for those who call ``.backward()`` on the result themselves (fp16 needs
+        it)."""
+        self._loss_was_scaled = True
+        return loss * self.loss_scale()
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **ignored: Any) -> Tensor:
+        """Gradients of ``loss``, averaged over the accumulation and (at the end of it) over the ranks.
+
+        Args:
+            loss: a scalar.
+            retain_graph: as in ``Tensor.backward``.
+            scale_wrt_gas: divide by the number of accumulation steps; False if the caller has.
+
+        Returns:
+            The loss as it was differentiated, without the loss scale.
+        """
+        self._require_optimizer("backward")
+        with self._timed("backward"):
+            self._losses.append(loss.detach())
+            if scale_wrt_gas and self._accumulation > 1:
+                loss = loss / self._accumulation
+            self._inside_backward = True
+            try:
+                (loss * self.loss_scale() if self.loss_scale() != 1.0 else loss).backward(retain_graph=retain_graph)
+            finally:
+                self._inside_backward = False
+        return loss.detach()
+
+    def _scale_output_gradient(self, gradient: Tensor) -> Tensor | None:
+        """Plain ``loss.backward()``: what ``backward`` does to the loss happens to the gradient of the outputs."""
+        if self._inside_backward:
+            return None
+        if self.loss_scale() != 1.0 and not self._loss_was_scaled:
+            raise ValueError(
+                f"fp16 has a loss scale ({self.loss_scale():g}), and this loss was not multiplied with it: call"
+                " engine.backward(loss), or engine.scale(loss).backward()"
+            )
+        return gradient / self._accumulation if self._accumulation > 1 else None
+
+    def _after_backward(self) -> None:
+        self._loss_was_scaled = False
+
+    def _on_discard(self) -> None:
+        self._losses.clear()
+        self.micro_steps -= self.micro_steps % self._accumulation
+        self._plan_sending()
+        log.warning("the last backward did not finish: the gradients of its step are dropped, and the step starts anew")
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """At an accumulation boundary: update the parameters, advance the schedule; elsewhere: count the micro-step.
+
+        A step whose gradients are not finite is skipped on all ranks, said in ``last_step``, and logged.
+        """
+        self._require_optimizer("step")
+        if self.is_gradient_accumulation_boundary():
+            with self._timed("step"):
+                self._step(lr_kwargs or {})
+            self._report()
+        self.micro_steps += 1
+        self._plan_sending()
+
+    def _step(self, lr_kwargs: dict[str, Any]) -> None:
+        optimizer = self._require_optimizer("step")
+        self._lr_of_step = [group["lr"] for group in optimizer.param_groups]
+        self._scale_of_step = optimizer.loss_scale
+        optimizer.step()
+        if optimizer.overflow:
+            self.skipped_steps += 1
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step(**lr_kwargs)
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def _report(self) -> None:
+        facts = self._require_optimizer("step").last
+        assert facts is not None, "a report follows a step"
+        ledger, on_gpu = self.sharded.ledger, self.mesh.device.type == "cuda"
+        self.last_step = StepReport(
+            step=self.global_steps,
+            loss=float(torch.stack(self._losses).float().mean()) if self._losses else None,
+            grad_norm=facts.grad_norm,
+            lr=self._lr_of_step,
+            loss_scale=self._scale_of_step,
+            skipped=facts.skipped,
+            skipped_reason=facts.reason,
+            bytes_of=dict(ledger.bytes_of),
+            peak_bytes=torch.cuda.max_memory_allocated(self.mesh.device) if on_gpu else ledger.peak_bytes,
+            **{f"{name}_ms": value for name, value in self._times_ms.items()},
+        )
+        self._losses.clear()
+        self._times_ms = dict.fromkeys(self._times_ms, 0.0)
+        ledger.reset_peak()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.mesh.device)
+        if self.mesh.rank == 0:
+            every = self.config.steps_per_print
+            if facts.skipped:
+                log.warning("step %d: %s", self.global_steps, facts.reason)
+            elif every and every != float("inf") and self.global_steps % int(every) == 0:
+                log.info("%s", self.last_step)
+
+    # accumulation
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether this micro-step ends an accumulation, so that ``step`` will update."""
+        if self._boundary is not None:
+            return self._boundary
+        return not self.config.managed_gradient_accumulation or (self.micro_steps + 1) % self._accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """The caller decides from now on, per micro-step and before its backward, where an accumulation ends."""
+        self._boundary = is_boundary
+        self._plan_sending()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate without exchanging gradients (stages 0 and 1; the others keep no whole gradient to add to)."""
+        if self.sharded.stage.shards_gradients:
+            raise ValueError(
+                f"no_sync() at ZeRO stage {self.sharded.stage.number}: gradients are sharded after every backward,"
+                " there is no whole one to keep. Use stage 0 or 1, or leave no_sync out: accumulation works without it"
+            )
+        self._syncing = False
+        self._plan_sending()
+        try:
+            yield
+        finally:
+            self._syncing = True
+            self._plan_sending()
+
+    def _plan_sending(self) -> None:
+        reducer = self.sharded.reducer
+        reducer.num_accumulated = self._accumulation
+        at_end = self.is_gradient_accumulation_boundary() and self._syncing
+        reducer.sending = self.sharded.stage.shards_gradients or at_end
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the global batch by changing the accumulation; the micro batch stays."""
+        per_pass = self._micro_batch * self.mesh.world
+        if train_batch_size % per_pass:
+            raise ValueError(
+                f"train_batch_size {train_batch_size} is not a multiple of micro batch {self._micro_batch} × world"
+                f" {self.mesh.world} = {per_pass}"
+            )
+        self._accumulation = train_batch_size // per_pass
+        self._plan_sending()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients accumulated since the last step."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    # the model as a whole
+
+    def module_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
+        """Whole parameters and buffers on the CPU, one unit in memory at a time. Collective."""
+        return self.sharded.full_state_dict(rank0_only)
+
+    def explain(self) -> str:
+        """The plan as a table: unit, layout, dtypes, bytes, who gathers when."""
+        return explain_plan(self.sharded, self.optimizer)
+
+    def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """torch.compile inside every unit, between its hooks: communication stays outside the graphs."""
+        for group in self.sharded.groups[1:]:
+            for module in group.modules:
+                module.forward = torch.compile(module.forward, backend=backend, **(compile_kwargs or {}))
+
+    def destroy(self) -> None:
+        """Give the module back as it was: whole on every rank, without hooks. Collective at stage 3."""
+        self.sharded.destroy()
+
+    def _require_optimizer(self, call: str) -> ZeroOptimizer:
+        if self.optimizer is None:
+            raise ValueError(
+                f"engine.{call}() needs an optimizer, and this engine has none: pass initialize(optimizer=...), or give"
+                ' the config an "optimizer" block'
+            )
+        return self.optimizer
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        wait: Callable[[], None] | None = None
+        if self.config.wall_clock_breakdown and self.mesh.device.type == "cuda":
+            wait = torch.cuda.synchronize
+            wait()
+        start = time.perf_counter()
+        yield
+        if wait is not None:
+            wait()
+        self._times_ms[name] += 1e3 * (time.perf_counter() - start)

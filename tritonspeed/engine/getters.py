@@ -1,0 +1,186 @@
+"""The questions that DeepSpeed's engine answers, by their names there. Nothing is decided here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tritonspeed.comm import Mesh
+    from tritonspeed.config import Config
+    from tritonspeed.engine.report import StepReport
+    from tritonspeed.precision import Policy
+    from tritonspeed.zero import ShardedModel, ZeroOptimizer
+
+_NOT_YET = {
+    "save_checkpoint": "checkpoints come with the checkpoint work; until then torch.save(engine.module_state_dict())",
+    "load_checkpoint": "checkpoints come with the checkpoint work; until then zero.GatheredParameters(modifier_rank=0)",
+    "save_16bit_model": "comes with the checkpoint work; until then torch.save(engine.module_state_dict())",
+    "offload_states": "comes with the offload work",
+    "reload_states": "comes with the offload work",
+    "train_batch": "belongs to the pipeline engine, which is not built: call engine, backward and step",
+    "eval_batch": "belongs to the pipeline engine, which is not built: call the engine under torch.no_grad()",
+}
+
+
+class Getters:
+    """Read-only names of the engine; see DeepSpeed's documentation of each."""
+
+    config: Config
+    policy: Policy
+    mesh: Mesh
+    sharded: ShardedModel
+    optimizer: ZeroOptimizer | None
+    lr_scheduler: Any
+    last_step: StepReport | None
+    _accumulation: int
+    _micro_batch: Any
+
+    def _not_here(self, name: str) -> str:
+        if name in _NOT_YET:
+            return f"Engine has no {name!r} yet: {_NOT_YET[name]}"
+        return f"neither the engine nor its module has an attribute {name!r}"
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self._micro_batch * self._accumulation * self.mesh.world
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward on one rank."""
+        return self._micro_batch
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step."""
+        return self._accumulation
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(train batch size, micro batch size, accumulation steps)."""
+        return self.train_batch_size(), self._micro_batch, self._accumulation
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """What the caller feeds per forward; changes what ``train_batch_size`` says."""
+        self._micro_batch = micro_batch_size
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the averaged, unscaled gradient of the last step, before clipping; None before the first."""
+        return self.last_step.grad_norm if self.last_step else None
+
+    def was_step_applied(self) -> bool:
+        """Whether the last boundary updated the parameters rather than skipping an overflow."""
+        return self.last_step is not None and not self.last_step.skipped
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of every parameter group now."""
+        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    def get_mom(self) -> list[Any]:
+        """Momentum, or betas, of every parameter group."""
+        groups = self.optimizer.param_groups if self.optimizer else []
+        return [group.get("betas", group.get("momentum")) for group in groups]
+
+    def get_type(self) -> list[str]:
+        """Name of the optimizer, once per parameter group."""
+        return [type(self.optimizer.inner).__name__] * len(self.optimizer.param_groups) if self.optimizer else []
+
+    def loss_scale(self) -> float:
+        """What losses are multiplied with before they are differentiated; 1 unless fp16."""
+        return self.optimizer.loss_scale if self.optimizer else 1.0
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale, by its older name."""
+        return self.loss_scale()
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale adapts."""
+        return bool(self.optimizer and self.optimizer.scaler.dynamic)
+
+    def gradient_clipping(self) -> float:
+        """Bound on the global gradient norm; 0 is off."""
+        return self.config.gradient_clipping
+
+    def zero_optimization(self) -> bool:
+        """Whether anything is sharded."""
+        return self.sharded.stage.shards_optimizer
+
+    def zero_optimization_stage(self) -> int:
+        """0 to 3."""
+        return self.sharded.stage.number
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Whether gradients are sharded."""
+        return self.sharded.stage.shards_gradients
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Whether parameters are sharded."""
+        return self.sharded.stage.shards_parameters
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """The config's word on gathering weights for saving."""
+        return bool(self.config.zero_optimization.gather_16bit_weights_on_model_save)
+
+    def fp16_enabled(self) -> bool:
+        """Whether the model runs in fp16."""
+        return bool(self.config.fp16.enabled)
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether the model runs in bf16."""
+        return bool(self.config.bf16.enabled)
+
+    def torch_autocast_enabled(self) -> bool:
+        """Whether forward runs under torch.autocast."""
+        return self.policy.autocast is not None
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """(dtype of the model, dtype in which gradients are summed over micro-steps)."""
+        return self.policy.param, self.policy.accumulate
+
+    def optimizer_name(self) -> str | None:
+        """The optimizer's class."""
+        return type(self.optimizer.inner).__name__ if self.optimizer else None
+
+    def scheduler_name(self) -> str | None:
+        """The schedule's class."""
+        return type(self.lr_scheduler).__name__ if self.lr_scheduler is not None else None
+
+    def steps_per_print(self) -> float | None:
+        """Optimizer steps between two log lines."""
+        return self.config.steps_per_print
+
+    def wall_clock_breakdown(self) -> bool:
+        """Whether times wait for the device."""
+        return self.config.wall_clock_breakdown
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of model state this rank holds now: parameters, gradients, optimizer, communication."""
+        return dict(self.sharded.ledger.bytes_of)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.mesh.device
+
+    @property
+    def global_rank(self) -> int:
+        """This rank."""
+        return self.mesh.rank
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's accelerator; 0 on a CPU."""
+        return self.mesh.device.index or 0
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share the model."""
+        return self.mesh.world
+
+    dp_world_size = world_size
+
+    def get_full_grad(self, p: torch.nn.Parameter) -> Tensor | None:
+        """The averaged, unscaled gradient of ``p`` since the last step, whole. Collective."""
+        from tritonspeed.zero import safe_get_full_grad
+
+        return safe_get_full_grad(p)
