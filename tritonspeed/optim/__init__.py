@@ -5,9 +5,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tritonspeed.optim.adamw import AdamW as AdamW
+    from tritonspeed.optim.build import build_optimizer as build_optimizer
+    from tritonspeed.optim.build import build_scheduler as build_scheduler
+    from tritonspeed.optim.build import check_elementwise as check_elementwise
+    from tritonspeed.optim.schedules import VALID_LR_SCHEDULES as VALID_LR_SCHEDULES
+    from tritonspeed.optim.schedules import LRRangeTest as LRRangeTest
+    from tritonspeed.optim.schedules import OneCycle as OneCycle
+    from tritonspeed.optim.schedules import WarmupCosineLR as WarmupCosineLR
+    from tritonspeed.optim.schedules import WarmupDecayLR as WarmupDecayLR
+    from tritonspeed.optim.schedules import WarmupLR as WarmupLR
 
 _HOMES = {
     "AdamW": "tritonspeed.optim.adamw",
+    "build_optimizer": "tritonspeed.optim.build",
+    "build_scheduler": "tritonspeed.optim.build",
+    "check_elementwise": "tritonspeed.optim.build",
+    "LRRangeTest": "tritonspeed.optim.schedules",
+    "OneCycle": "tritonspeed.optim.schedules",
+    "VALID_LR_SCHEDULES": "tritonspeed.optim.schedules",
+    "WarmupCosineLR": "tritonspeed.optim.schedules",
+    "WarmupDecayLR": "tritonspeed.optim.schedules",
+    "WarmupLR": "tritonspeed.optim.schedules",
 }
 
 __all__ = list(_HOMES)
