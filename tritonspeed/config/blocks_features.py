@@ -126,7 +126,7 @@ class Elasticity:
         refuse=unless(False, use="elastic batch sizes are not built; set it to false and give the batch sizes"),
     )
     max_train_batch_size: int = key(2000, "largest batch", inert="acts only with elasticity.enabled")
-    micro_batch_sizes: list[Any] = key([2, 4, 6], "candidates", inert="acts only with elasticity.enabled")
+    micro_batch_sizes: list[int] = key([2, 4, 6], "candidates", inert="acts only with elasticity.enabled")
     min_gpus: int = key(1, "smallest world", inert="acts only with elasticity.enabled")
     max_gpus: int = key(10_000, "largest world", inert="acts only with elasticity.enabled")
     min_time: int = key(0, "between changes", unit="minutes", inert="acts only with elasticity.enabled")

@@ -28,8 +28,9 @@ def dtype_name(value: object) -> str | None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ ", did you mean 'x'?" for the nearest known name, or "" if none is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
-    return f", did you mean {near[0]!r}?" if near else ""
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f", did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def coerce(spec: Spec, value: Any) -> Any:
@@ -40,7 +41,7 @@ def coerce(spec: Spec, value: Any) -> Any:
     """
     if value is None:
         return spec.default
-    if isinstance(value, str) and value == AUTO:
+    if isinstance(value, str) and value == AUTO and not spec.is_open:
         return AUTO
     converted = _convert(spec, value)
     low, high = spec.key.low, spec.key.high
@@ -71,7 +72,7 @@ def _convert(spec: Spec, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{spec.path} = {value!r} must be a block {{...}}")
         return value
-    return _strings(spec, value)
+    return _items(spec, value)
 
 
 def _choice(spec: Spec, value: Any) -> Any:
@@ -120,9 +121,11 @@ def _number(spec: Spec, value: Any) -> int | float:
     return math.floor(number)
 
 
-def _strings(spec: Spec, value: Any) -> list[str]:
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        raise ValueError(f"{spec.path} = {value!r} must be a list of strings")
-    return list(value)
+def _items(spec: Spec, value: Any) -> list[Any]:
+    """A list of strings or of whole numbers; one alone stands for a list of one."""
+    (kind,) = typing.get_args(spec.hint)
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, kind) and not isinstance(each, bool) for each in items):
+        plural = "strings" if kind is str else "whole numbers"
+        raise ValueError(f"{spec.path} = {value!r} must be a list of {plural}")
+    return items

@@ -176,7 +176,9 @@ def canonical_optimizer(name: str) -> str:
     known = {"Adam": None, "AdamW": None, **TORCH_DEFAULTS, **REFUSED}
     match = _match(name, known)
     if match is None:
-        raise ValueError(f"optimizer.type {name!r} is unknown{nearest(name, known)}. Known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"optimizer.type {name!r} is unknown{nearest(name, known) or '.'} Known: {', '.join(sorted(known))}"
+        )
     return match
 
 
@@ -199,7 +201,7 @@ def canonical_schedule(name: str) -> str:
     match = _match(name, known)
     if match is None:
         raise ValueError(
-            f"scheduler.type {name!r} is unknown{nearest(name, known)}. Known: {', '.join(known)}; "
+            f"scheduler.type {name!r} is unknown{nearest(name, known) or '.'} Known: {', '.join(known)}; "
             "any other goes in as an object: initialize(lr_scheduler=...)"
         )
     return match

@@ -114,7 +114,8 @@ class Parse:
         ]
 
     def _unknown(self, name: str, value: Any, prefix: str, known: dict[str, Spec]) -> None:
-        hint = nearest(name, known) or _elsewhere(self.kind, name, prefix)
+        elsewhere = _elsewhere(self.kind, name, prefix)
+        hint = elsewhere if elsewhere and "." in name else nearest(name, known) or elsewhere
         if prefix:
             self.mistakes.append(f"{prefix}{name} is not a key of {prefix[:-1]}{hint}")
         else:

@@ -7,6 +7,7 @@ stands twice in one block is refused: parsers would silently keep the last.
 import base64
 import binascii
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,13 @@ def _from_base64(source: str) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = hjson.loads(text, object_pairs_hook=_unique)
-    except hjson.HjsonDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON or hjson: {error}") from None
+        # JSON first: Python writes infinity as `Infinity`, which hjson would take for a string up to the line's end.
+        tree = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError:
+        try:
+            tree = hjson.loads(text, object_pairs_hook=_unique)
+        except hjson.HjsonDecodeError as error:
+            raise ValueError(f"{where} is not valid JSON or hjson: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{where} holds {type(tree).__name__} where a block {{...}} of keys was expected")
     return tree

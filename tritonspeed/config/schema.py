@@ -41,6 +41,11 @@ def _clipping_note(norm: Any) -> str:
     return f"gradients are scaled down to a global norm of {norm}"
 
 
+def _prescaled(config: Any) -> str | None:
+    """acts without prescale_gradients, which divides by everything before the exchange"""
+    return "prescale_gradients divides by everything before the exchange" if config.prescale_gradients is True else None
+
+
 @dataclass(frozen=True)
 class Knobs:
     """Every key of a ds_config.json. `Config` adds where the values came from, and what to do with them."""
@@ -72,7 +77,9 @@ class Knobs:
         None, "type in which gradients travel; null means the type they have. The sum is always fp32"
     )
     prescale_gradients: bool = key(False, "divide before the exchange instead of after")
-    gradient_predivide_factor: float = key(1.0, "with prescale_gradients: divide by this before, by the rest after")
+    gradient_predivide_factor: float = key(
+        1.0, "divide by this before the exchange, and by the rest after it", inert=_prescaled
+    )
     gradient_allreduce_op: Literal["mean", "sum"] = key("mean", "mean or sum of the ranks' gradients, at any stage")
     zero_allow_untested_optimizer: bool = key(
         False, "allow any torch optimizer", inert="any elementwise torch optimizer is allowed"
@@ -98,7 +105,9 @@ class Knobs:
     data_parallel_size: int | None = key(None, "must equal the world size, as no other axis is built", low=1)
 
     tensor_parallel: TensorParallel = block(TensorParallel, "tensor parallelism")
-    expert_parallel: dict[str, Any] = key({}, "expert parallelism", refuse=FEATURE_GATES["expert_parallel"])
+    expert_parallel: dict[str, Any] = key(
+        {}, "expert parallelism", inert="off", refuse=FEATURE_GATES["expert_parallel"]
+    )
     hybrid_engine: HybridEngine = block(HybridEngine, "training and generation")
     activation_checkpointing: ActivationCheckpointing = block(
         ActivationCheckpointing, "DeepSpeed's checkpoint function"
@@ -111,10 +120,14 @@ class Knobs:
     weight_quantization: dict[str, Any] = key(
         {},
         "quantised weights for inference",
+        inert="off",
         refuse=present("comes with the inference work; remove the block (weights keep their type)"),
     )
     sparse_attention: dict[str, Any] = key(
-        {}, "block-sparse attention", refuse=present("not built; remove the block, and choose attention in the model")
+        {},
+        "block-sparse attention",
+        inert="off",
+        refuse=present("not built; remove the block, and choose attention in the model"),
     )
     amp: dict[str, Any] = key({}, "Apex AMP", inert="off", refuse=FEATURE_GATES["amp"])
     autotuning: dict[str, Any] = key({}, "search of settings", inert="off", refuse=FEATURE_GATES["autotuning"])
