@@ -6,7 +6,7 @@ the flag could not move it.
 
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,17 @@ else:
 INTERPRETED: bool = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 DEVICES = ("cpu", "cuda", "xpu")
 
-__all__ = ["DEVICES", "HAS_TRITON", "INTERPRETED", "check_device", "on_device_of", "tl", "triton", "warp_size"]
+__all__ = [
+    "DEVICES",
+    "HAS_TRITON",
+    "INTERPRETED",
+    "check_device",
+    "launch_options",
+    "on_device_of",
+    "tl",
+    "triton",
+    "warp_size",
+]
 
 
 def check_device(operation: str, tensor: Tensor) -> None:
@@ -60,6 +70,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def launch_options(num_warps: int) -> dict[str, Any]:
+    """Options of every launch: each operation rounded by itself, or full and masked tiles may differ in the last bit."""
+    return {"num_warps": num_warps, "enable_fp_fusion": False}
 
 
 def warp_size() -> int:

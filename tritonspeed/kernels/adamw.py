@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonspeed.kernels._triton import INTERPRETED, check_device, on_device_of, tl, triton, warp_size
+from tritonspeed.kernels._triton import INTERPRETED, check_device, launch_options, on_device_of, tl, triton, warp_size
 from tritonspeed.kernels.rounding import (
     GROUP_ELEMS,
     load_fp32,
@@ -230,7 +230,7 @@ def launch_adamw_(
         _adamw_kernel[(triton.cdiv(n, launch.block),)](
             master, exp_avg, exp_avg_sq, grad, param_out, grad_scale, found_inf, n, at.seed, at.first_element,
             *at.coefficients, DECOUPLED=at.decoupled, BLOCK=launch.block, INTERPRET=INTERPRETED,
-            num_warps=launch.num_warps, enable_fp_fusion=False,
+            **launch_options(launch.num_warps),
         )  # fmt: skip
 
 

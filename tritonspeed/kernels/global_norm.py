@@ -3,7 +3,7 @@
     S = Σ_tensors Σ_i x_i²          norm = √S          found_inf = 1 if S is not finite, else 0
 
 Shapes   x: any; S: () fp64; norm, found_inf: () fp32
-Types    x fp32, bf16 or fp16; squares in fp32, so an |x| above 1.8e19 counts as an overflow, and below 1e-23 as zero
+Types    x fp32, bf16 or fp16; squares in fp32, so an |x| above 1.8e19 may count as an overflow, below 1e-23 as 0
 Bytes    n · itemsize(x), and 8 for each SEGMENT of n
 Flops    2 n
 Source   pairwise summation: Higham 1993, "The accuracy of floating point summation"
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonspeed.kernels._triton import INTERPRETED, check_device, on_device_of, tl, triton, warp_size
+from tritonspeed.kernels._triton import INTERPRETED, check_device, launch_options, on_device_of, tl, triton, warp_size
 from tritonspeed.kernels.rounding import load_fp32
 
 SEGMENT = 32 * 1024  # elements a program adds up: 8 bytes written for 64 KiB read, 32 programs for 1 Mi elements
@@ -91,11 +91,9 @@ def launch_sum_of_squares(tensors: Sequence[Tensor], launch: GlobalNormLaunch | 
             if partial.numel():
                 _segment_kernel[(partial.numel(),)](
                     x.contiguous(), partial, x.numel(), SEGMENT, launch.block,
-                    num_warps=launch.num_warps, enable_fp_fusion=False,
+                    **launch_options(launch.num_warps),
                 )  # fmt: skip
-        _total_kernel[(1,)](
-            partials, total, partials.numel(), launch.block, num_warps=launch.num_warps, enable_fp_fusion=False
-        )
+        _total_kernel[(1,)](partials, total, partials.numel(), launch.block, **launch_options(launch.num_warps))
     return total
 
 
