@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Pending
-from tritonspeed.zero.layout import Layout
+from tritonspeed.zero.plan import BucketPlan
 from tritonspeed.zero.stages import Stage
 
 
@@ -72,46 +72,24 @@ class Ledger:
         self.peak_bytes, self.peak_of = self.total_bytes, dict(self.bytes_of)
 
 
-@dataclass(frozen=True)
-class BucketTypes:
-    """The dtypes of one bucket."""
-
-    compute: torch.dtype
-    master: torch.dtype
-    accumulate: torch.dtype
-    reduce: torch.dtype | None  # the wire; None takes whatever the gradient stands in
-
-
 class Bucket:
     """See the module's docstring. Made whole; ``reshard`` frees it where the stage shards parameters.
 
     Args:
-        name: unit and number, for logs and errors.
-        layout: where each parameter stands.
-        parameters: in the layout's order; their present values become the bucket's (rank 0's, on every rank).
-        types: dtypes.
+        plan: names, places and dtypes; the parameters' present values become the bucket's (rank 0's, on every rank).
         mesh: the ranks that share it.
-        stage: what is sharded; a ``persistent`` bucket keeps its parameters at stage 3 too.
+        stage: what is sharded; a persistent bucket keeps its parameters at stage 3 too.
         ledger: where its bytes are entered.
     """
 
-    def __init__(
-        self,
-        name: str,
-        layout: Layout,
-        parameters: list[Parameter],
-        types: BucketTypes,
-        mesh: Mesh,
-        stage: Stage,
-        ledger: Ledger,
-        persistent: bool = False,
-    ) -> None:
-        self.name, self.layout, self.parameters, self.types = name, layout, parameters, types
+    def __init__(self, plan: BucketPlan, mesh: Mesh, stage: Stage, ledger: Ledger) -> None:
+        self.name, self.layout, self.types = plan.name, plan.layout, plan.types
+        self.parameters = list(plan.parameters)
         self.mesh, self.ledger = mesh, ledger
-        self.trainable = parameters[0].requires_grad
-        self.frees = stage.shards_parameters and not persistent
-        self.own = layout.interval(mesh.rank)
-        self.owned = self.own if stage.shards_optimizer else (0, layout.numel)
+        self.trainable = plan.trainable
+        self.frees = stage.shards_parameters and not plan.persistent
+        self.own = self.layout.interval(mesh.rank)
+        self.owned = self.own if stage.shards_optimizer else (0, self.layout.numel)
         self.state = ShardState.WHOLE
         self.master: Tensor | None = None
         self.shard: Tensor | None = None

@@ -21,10 +21,11 @@ from torch import nn
 from torch.nn import Parameter
 
 from tritonspeed import comm
-from tritonspeed.zero.bucket import Bucket, BucketTypes, Ledger
+from tritonspeed.zero.bucket import Bucket, Ledger
 from tritonspeed.zero.group import Group, group_of
 from tritonspeed.zero.hooks import GuardedParameters
 from tritonspeed.zero.layout import lay_out
+from tritonspeed.zero.plan import BucketPlan, BucketTypes
 from tritonspeed.zero.stages import stage_of
 
 OPEN_AT_MOST_ELEMS = 100_000_000  # what constructors may have whole at once: 400 MB of fp32
@@ -129,15 +130,14 @@ class Init:
         compute = self.dtype or parameters[0].dtype
         self._count += 1
         name = f"zero.Init {self._count} ({type(owner).__name__})"
-        bucket = Bucket(
+        plan = BucketPlan(
             name,
             lay_out([(str(i), tuple(p.shape)) for i, p in enumerate(parameters)], compute.itemsize, self.mesh.world),
             parameters,
             BucketTypes(compute=compute, master=parameters[0].dtype, accumulate=torch.float32, reduce=None),
-            self.mesh,
-            stage_of(3),
-            self.ledger,
+            persistent=False,
         )
+        bucket = Bucket(plan, self.mesh, stage_of(3), self.ledger)
         Group(self._count, name, [bucket], [owner]).reshard()
 
     def _read(self, group: Group) -> None:

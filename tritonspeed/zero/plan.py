@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from tritonspeed.precision import Policy
+from tritonspeed.zero.layout import Layout, lay_out
+
 ROOT, PERSISTENT = "root", "persistent"
 
 
@@ -44,13 +47,58 @@ class UnitPlan:
     modules: list[nn.Module] = field(default_factory=list)
     parameters: list[tuple[str, Parameter]] = field(default_factory=list)
 
-    def buckets(self, compute_dtype: dict[Parameter, torch.dtype]) -> list[list[tuple[str, Parameter]]]:
-        """The unit's parameters by (dtype, trainable or frozen); matrices first, so that the usual two optimizer
-        groups (with and without weight decay) are two contiguous runs."""
-        found: dict[tuple[str, bool], list[tuple[str, Parameter]]] = {}
-        for name, p in self.parameters:
-            found.setdefault((str(compute_dtype[p]), p.requires_grad), []).append((name, p))
-        return [sorted(bucket, key=lambda item: item[1].ndim < 2) for _, bucket in sorted(found.items())]
+
+@dataclass(frozen=True)
+class BucketTypes:
+    """The dtypes of one bucket. ``reduce`` is the wire's; None takes whatever the gradient stands in."""
+
+    compute: torch.dtype
+    master: torch.dtype
+    accumulate: torch.dtype
+    reduce: torch.dtype | None
+
+    @classmethod
+    def of(cls, p: Parameter, policy: Policy | None, wire: torch.dtype | None) -> BucketTypes:
+        """What ``policy`` says of ``p``. None, like fp32, leaves every parameter its own dtype, with fp32 masters."""
+        policy = policy or Policy.of(torch.float32)
+        own = policy.param == torch.float32 or not p.is_floating_point()
+        wide = torch.float64 if p.dtype == torch.float64 else None
+        return cls(p.dtype if own else policy.param, wide or policy.master, wide or policy.accumulate, wire)
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """One bucket before it exists: names, places and types of its parameters."""
+
+    name: str
+    layout: Layout
+    parameters: list[Parameter]
+    types: BucketTypes
+    persistent: bool
+
+    @property
+    def trainable(self) -> bool:
+        return self.parameters[0].requires_grad
+
+
+def plan_buckets(unit: UnitPlan, world: int, policy: Policy | None, wire: torch.dtype | None) -> list[BucketPlan]:
+    """The unit's parameters by (dtype, trainable or frozen), placed over ``world`` ranks.
+
+    Matrices stand first, so that the usual two optimizer groups (with and without weight decay) are two contiguous
+    runs.
+    """
+    found: dict[tuple[str, bool], list[tuple[str, Parameter]]] = {}
+    for name, p in unit.parameters:
+        compute = BucketTypes.of(p, policy, wire).compute
+        found.setdefault((f"{compute} {p.dtype == torch.float64}", p.requires_grad), []).append((name, p))
+    plans = []
+    for number, (_, members) in enumerate(sorted(found.items())):
+        members = sorted(members, key=lambda item: item[1].ndim < 2)
+        types = BucketTypes.of(members[0][1], policy, wire)
+        layout = lay_out([(name, tuple(p.shape)) for name, p in members], types.compute.itemsize, world)
+        name = f"{unit.name}.{number}" if number else unit.name
+        plans.append(BucketPlan(name, layout, [p for _, p in members], types, unit.name == PERSISTENT))
+    return plans
 
 
 def repeated_blocks(model: nn.Module, leaves: LeafRules) -> dict[str, nn.Module]:

@@ -17,13 +17,12 @@ from torch.nn import Parameter
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
 from tritonspeed.precision import LossScaler, Policy
-from tritonspeed.zero.bucket import Bucket, BucketTypes, Ledger
+from tritonspeed.zero.bucket import Bucket, Ledger
 from tritonspeed.zero.group import Group, groups_of
 from tritonspeed.zero.hooks import Hooks
 from tritonspeed.zero.init import materialise
-from tritonspeed.zero.layout import lay_out
 from tritonspeed.zero.order import Limits
-from tritonspeed.zero.plan import PERSISTENT, LeafRules, UnitPlan, plan_units
+from tritonspeed.zero.plan import LeafRules, UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
 from tritonspeed.zero.stages import Stage, stage_of
 from tritonspeed.zero.step import ZeroOptimizer
@@ -80,7 +79,7 @@ class ShardedModel:
             self.options.param_persistence_threshold,
             self.options.model_persistence_threshold,
         )
-        self.groups = self._build_groups()
+        self.groups = [self._build_group(i, plan) for i, plan in enumerate(self.plans)]
         self._move_buffers()
         trainable = departure_order(self.groups)
         self.reducer = Reducer(
@@ -96,47 +95,14 @@ class ShardedModel:
         """Every bucket, in unit order."""
         return [b for g in self.groups for b in g.buckets]
 
-    def types_of(self, p: Parameter) -> BucketTypes:
-        """The dtypes of ``p``'s bucket."""
-        policy = self.policy or Policy.of(torch.float32)
-        compute = policy.param if self.policy and p.is_floating_point() and policy.param != torch.float32 else p.dtype
-        double = p.dtype == torch.float64
-        return BucketTypes(
-            compute=compute,
-            master=torch.float64 if double else policy.master,
-            accumulate=torch.float64 if double else policy.accumulate,
-            reduce=self.options.wire,
-        )
-
-    def _build_groups(self) -> list[Group]:
-        groups = []
-        for plan in self.plans:
-            groups.append(self._build_group(len(groups), plan))
-        return groups
-
     def _build_group(self, index: int, plan: UnitPlan) -> Group:
         parameters = [p for _, p in plan.parameters]
         materialise(self.model, parameters)
         earlier = groups_of(parameters)  # parameters that zero.Init has sharded one module at a time
         for group in earlier:
             group.acquire("regroup")
-        types = {p: self.types_of(p) for p in parameters}
-        buckets = []
-        for number, members in enumerate(plan.buckets({p: t.compute for p, t in types.items()})):
-            first = types[members[0][1]]
-            shapes = [(name, tuple(p.shape)) for name, p in members]
-            buckets.append(
-                Bucket(
-                    f"{plan.name}.{number}" if number else plan.name,
-                    lay_out(shapes, first.compute.itemsize, self.mesh.world),
-                    [p for _, p in members],
-                    first,
-                    self.mesh,
-                    self.stage,
-                    self.ledger,
-                    persistent=plan.name == PERSISTENT,
-                )
-            )
+        plans = plan_buckets(plan, self.mesh.world, self.policy, self.options.wire)
+        buckets = [Bucket(p, self.mesh, self.stage, self.ledger) for p in plans]
         made = Group(index, plan.name, buckets, plan.modules)
         for group in earlier:
             group.disown(parameters)
