@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from tolerances import tolerance
 
 from tritonspeed.optim import AdamW
 from tritonspeed.optim.build import build_optimizer, build_scheduler, check_elementwise
@@ -21,12 +22,16 @@ def no_unexpected_warning():
         yield
 
 
+NUM_STEPS = 5
+NEAR = tolerance(torch.float32, NUM_STEPS, magnitude=3.0)  # an update is added per step; weights are normal
+
+
 def make_params(*sizes):
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes or (7, 13)]
 
 
-def train(optimizer, params, num_steps=5):
+def train(optimizer, params, num_steps=NUM_STEPS):
     """Steps with gradients that depend on the step and the element only, so that shards of a tensor see the same."""
     for step in range(num_steps):
         offset = 0
@@ -57,7 +62,7 @@ def test_which_adam(type, params, decoupled, torch_adam):
     reference_class = torch.optim.AdamW if decoupled else torch.optim.Adam
     assert built.__class__ is (reference_class if torch_adam else AdamW)
     expected = train(reference_class(theirs, **settings), theirs)
-    torch.testing.assert_close(train(built, ours), expected)
+    torch.testing.assert_close(train(built, ours), expected, **NEAR)
 
 
 def test_adam_without_params_takes_deepspeeds_defaults():
@@ -103,7 +108,7 @@ def test_every_elementwise_class_of_torch_is_accepted():
 
 @pytest.mark.parametrize("type", ["Adam", "AdamW", *ELEMENTWISE])
 def test_what_is_accepted_updates_a_shard_as_it_updates_the_whole(type):
-    """The definition of elementwise, to the last bit. foreach and fused are off: their vector tails round apart."""
+    """The definition of elementwise. Not to the last bit: a shard ends in another vector tail, which rounds apart."""
     params = {} if type in ("Adam", "AdamW") else {"foreach": False}
     whole = make_params(101)
     shards = [torch.nn.Parameter(piece.clone()) for piece in whole[0].detach().split([64, 33, 4])]
@@ -112,7 +117,7 @@ def test_what_is_accepted_updates_a_shard_as_it_updates_the_whole(type):
     before = whole[0].detach().clone()
     after = train(whole_optimizer, whole)
     assert not torch.equal(after, before)
-    torch.testing.assert_close(train(shard_optimizer, shards), after)
+    torch.testing.assert_close(train(shard_optimizer, shards), after, **NEAR)
 
 
 @pytest.mark.parametrize(
