@@ -1,4 +1,4 @@
-"""Poisoned memory, threads and the devices: every kernel's tests run on the CPU (under the interpreter too) and on a GPU."""
+"""Poisoned memory, threads, devices: every kernel's tests run on the CPU (under the interpreter too) and on a GPU."""
 
 from collections.abc import Iterator
 

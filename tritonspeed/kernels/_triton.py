@@ -73,7 +73,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def launch_options(num_warps: int) -> dict[str, Any]:
-    """Options of every launch: each operation rounded by itself, or full and masked tiles may differ in the last bit."""
+    """Options of every launch: no contraction into multiply-adds, which could tell a full tile from a masked one."""
     return {"num_warps": num_warps, "enable_fp_fusion": False}
 
 
