@@ -175,7 +175,7 @@ def _kill_group(pid: int) -> None:
 
 def _end_with_input() -> None:
     """Wait until the controlling host lets go of our standard input, then end as if it had sent a signal."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # not through sys.stdin: its lock, held by a daemon thread, would abort the exit
         continue
     os.kill(os.getpid(), signal.SIGINT)
 

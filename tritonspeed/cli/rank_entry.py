@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if status == 0:
         record.done()
+        _leave_process_group()
     return status
 
 
@@ -148,6 +149,13 @@ def _status_of(end: SystemExit) -> tuple[int, str]:
         return end.code or 0, ""
     print(end.code, file=sys.stderr)
     return 1, str(end.code)
+
+
+def _leave_process_group() -> None:
+    """Destroy the process group that a script forgot: gloo's threads abort a process that ends while they run."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _die_with_parent() -> None:
