@@ -36,6 +36,13 @@ from tritonspeed.kernels.rounding import (
     store,
 )
 
+# ns per element on one thread at 32 Mi elements (bf16 gradient, scale, bf16 copy; AMD EPYC with 1 MiB of L2 a core), by
+# chunk: 128 Ki 1.13, 256 Ki 0.95, 512 Ki 0.94, 1 Mi 0.98, 2 Mi 1.10. In a quieter run, 1 thread / 2 threads:
+#     in chunks, as here             0.77 / 0.41
+#     torch.compile, one pass        0.80 / 0.32    wants a C++ compiler and half a minute: not taken by itself
+#     torch fused, whole tensors     1.90 / 0.98
+#     torch foreach                  4.04 / 2.10
+#     adamw_reference               15.1  / 10.1
 CPU_CHUNK_ELEMS = 512 * 1024
 CPU_LANE_ELEMS = 64  # torch's loop is vectorised in steps of at most this many; its scalar rest rounds differently
 
