@@ -105,6 +105,7 @@ def _failure(number: int, death: Death, rank: Rank | None) -> Failure:
         record = json.loads((rank.folder / "error.json").read_text())
         message, extra = record["message"]["message"], record["message"]["extraInfo"]
         time = float(record.get("time", extra["timestamp"]))  # torchrun's own @record writes whole seconds
+        status = record.get("status", status)  # the process may have been killed on its way out
         return Failure(number, world, host, status, time, message, extra["py_callstack"])
     fault_file = rank.folder / "fault.txt" if rank else None
     fault = fault_file.read_text() if fault_file is not None and fault_file.exists() else ""

@@ -15,8 +15,10 @@ It imports nothing but the standard library: a script that needs no torch does n
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import faulthandler
+import io
 import json
 import os
 import runpy
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     _die_with_parent()
+    _write_whole_lines()
     record = _Record()
     if args.log_file:
         _redirect_output(args.log_file.format(rank=record.rank))
@@ -77,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status != 0:
             # argparse's status: its own message stands on this rank's standard error.
             hint = " (does it know --local_rank? If not, add --no_local_rank)" if args.pass_local_rank else ""
-            record.error(words or f"{args.target} ended with exit status {status}{hint if status == 2 else ''}", "")
+            record.error(
+                status, words or f"{args.target} ended with exit status {status}{hint if status == 2 else ''}", ""
+            )
     except BaseException as error:
         text = "".join(traceback.format_exception(type(error), error, _from_target(error.__traceback__)))
-        record.error(_one_line(error), text)
+        record.error(1, _one_line(error), text)
         if args.log_file or LAUNCHER_VARIABLE not in os.environ:
             print(text, file=sys.stderr, end="")
         return 1
@@ -109,12 +114,12 @@ class _Record:
         if self._error_file is not None:
             self._write(self._error_file.with_name("done"), "")
 
-    def error(self, message: str, text: str) -> None:
+    def error(self, status: int, message: str, text: str) -> None:
         if self._error_file is None:
             return
         now = time.time()
         extra = {"py_callstack": text, "timestamp": str(int(now))}
-        record = {"message": {"message": message, "extraInfo": extra}, "time": now}
+        record = {"message": {"message": message, "extraInfo": extra}, "time": now, "status": status}
         self._write(self._error_file, json.dumps(record))
 
     @staticmethod
@@ -164,6 +169,13 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def _write_whole_lines() -> None:
+    """torchrun starts Python unbuffered, where print(a, b) is four writes and two ranks' lines run into each other."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
 def _redirect_output(path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -207,5 +219,16 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
+def _end_at_once(status: int) -> None:
+    """End a rank that has failed. Its exit handlers run; then it goes, without taking libraries apart: gloo and NCCL
+    wait there for peers, or abort, and the launcher would see that instead of the failure."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if exit_status != 0:
+        _end_at_once(exit_status)
