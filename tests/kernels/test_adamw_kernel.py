@@ -146,7 +146,10 @@ def test_cuts_change_no_bit(cuts: tuple[int, ...], num_threads: int, device: tor
     assert torch.equal(out, out_of_pieces)
 
 
-def test_stochastic_rounding_is_the_references_and_follows_the_element(device: torch.device) -> None:
+def test_stochastic_rounding_is_the_references_and_follows_the_element(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tritonspeed.kernels.adamw.CPU_CHUNK_ELEMS", 1024)  # several chunks of 3,001 elements
     n, first, seed = 3001, 2**33 + 4, 2**45 + 11
     ours = state(n, device)
     pieces = clones(ours)

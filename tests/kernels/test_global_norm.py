@@ -69,6 +69,15 @@ def test_a_square_beyond_fp32_counts_as_overflow_and_large_fp16_does_not(device:
     torch.testing.assert_close(norm.item(), 655040.0, **tolerance(torch.float32, 100))
 
 
+def test_the_second_stage_adds_in_fp64(device: torch.device) -> None:
+    x = torch.zeros(2 * SEGMENT, device=device)
+    x[0], x[SEGMENT] = 4096, 1
+    assert sum_of_squares(x).item() == 2**24 + 1  # one more than fp32 counts to
+    if INTERPRETED or device.type == "cuda":  # the kernel's lanes too: only a lane's own terms are added in fp32
+        x[1], x[SEGMENT] = 1, 0
+        assert sum_of_squares(x).item() == 2**24 + 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_and_repetition_change_no_bit(dtype: torch.dtype, device: torch.device) -> None:
     n = SEGMENT + 9 if INTERPRETED else 3 * CPU_CHUNK_ELEMS + 1000

@@ -25,10 +25,10 @@ from tritonspeed.kernels.rounding import load_fp32
 
 SEGMENT = 32 * 1024  # elements a program adds up: 8 bytes written for 64 KiB read, 32 programs for 1 Mi elements
 # ns per element, 1 thread / 2 threads, 32 Mi elements in fp32 (AMD EPYC): rows of 1 Ki 0.107 / 0.058, as fast as longer
-# ones and closer to fp64 (4e-10 off, rows of 64 Ki 3e-7); one dot per 512 Ki 0.122 / 0.071 and 3e-6; torch's norm of the
-# whole 0.102 / 0.093, on one thread either way
+# ones and closer to fp64 (4e-10 off, rows of 64 Ki 3e-7); one dot per 512 Ki 0.122 / 0.071 and 3e-6; torch's norm of
+# the whole 0.102 / 0.093, on one thread either way
 CPU_ROW_ELEMS = 1024
-# bf16 through an fp32 scratch of 1 Mi 0.172 / 0.097, of 256 Ki 0.220 / 0.166; torch's own bf16 → fp32 norm 0.974 / 0.664
+# bf16 through an fp32 scratch of 1 Mi 0.172 / 0.097, of 256 Ki 0.220 / 0.166; torch's bf16 → fp32 norm 0.974 / 0.664
 CPU_CHUNK_ELEMS = 1024 * 1024
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
