@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from tritonspeed.engine import Engine as Engine
     from tritonspeed.engine import StepReport as StepReport
     from tritonspeed.engine import initialize as initialize
-    from tritonspeed.estimate import estimate as estimate
+    from tritonspeed.estimation import estimate as estimate
 
 _MODULES = ("comm", "config", "kernels", "optim", "precision", "zero")
 _NAMES = {
     "Engine": "engine",
     "StepReport": "engine",
     "add_config_arguments": "engine",
+    "estimate": "estimation",
     "init_distributed": "comm",
     "initialize": "engine",
 }

@@ -76,9 +76,11 @@ class Knobs:
     communication_data_type: Dtype | None = key(
         None, "type in which gradients travel; null means the type they have. The sum is always fp32"
     )
-    prescale_gradients: bool = key(False, "divide before the exchange instead of after")
+    prescale_gradients: bool = key(
+        False, "divide before the exchange", inert="the ranks' sum is taken in fp32, where neither order overflows"
+    )
     gradient_predivide_factor: float = key(
-        1.0, "divide by this before the exchange, and by the rest after it", inert=_prescaled
+        1.0, "divide by this before the exchange", inert="the ranks' sum is taken in fp32: dividing early gains nothing"
     )
     gradient_allreduce_op: Literal["mean", "sum"] = key("mean", "mean or sum of the ranks' gradients, at any stage")
     zero_allow_untested_optimizer: bool = key(

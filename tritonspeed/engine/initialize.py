@@ -16,9 +16,9 @@ from tritonspeed import comm
 from tritonspeed.comm import Mesh
 from tritonspeed.config import Config, ModelFacts, load
 from tritonspeed.engine.engine import Engine
-from tritonspeed.optim.build import build_optimizer, build_scheduler
+from tritonspeed.optim import build_optimizer, build_scheduler
 from tritonspeed.precision import LossScaler, Policy
-from tritonspeed.zero import LeafRules, Limits, ShardedModel, ShardOptions, ZeroOptimizer
+from tritonspeed.zero import ShardedModel, ShardOptions, ZeroOptimizer
 
 log = logging.getLogger("tritonspeed")
 
@@ -76,7 +76,9 @@ def initialize(
     policy = Policy.from_config(resolved)
     _announce(resolved, mesh)
     inner = _build_optimizer(resolved, model, optimizer, model_parameters)
-    sharded = ShardedModel(model, int(resolved.zero_optimization.stage), policy, _options(resolved, policy), mesh)
+    sharded = ShardedModel(
+        model, int(resolved.zero_optimization.stage), policy, ShardOptions.from_config(resolved, policy), mesh
+    )
     stepper = None
     if inner is not None:
         scaler = LossScaler.from_config(resolved, policy)
@@ -103,23 +105,6 @@ def _resolve(source: Any, model: nn.Module, mesh: Mesh) -> Config:
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     dtype = str(dtypes[0]).removeprefix("torch.") if dtypes else "float32"
     return load(source).resolve(mesh.world, ModelFacts(hidden_size=hidden, dtype=dtype))
-
-
-def _options(config: Config, policy: Policy) -> ShardOptions:
-    zero = config.zero_optimization
-    leaf = zero.leaf_module
-    return ShardOptions(
-        overlap=bool(zero.overlap_comm) or int(zero.stage) < 1,
-        reduce_bucket_size=int(zero.reduce_bucket_size),
-        sub_group_size=int(zero.sub_group_size),
-        param_persistence_threshold=int(zero.param_persistence_threshold),
-        model_persistence_threshold=int(zero.model_persistence_threshold),
-        limits=Limits(int(zero.prefetch_bucket_size), int(zero.max_live_parameters), int(zero.max_reuse_distance)),
-        leaves=LeafRules(tuple(leaf.classes), tuple(leaf.names), tuple(leaf.name_suffixes)),
-        wire=policy.reduce if config.communication_data_type is not None else None,
-        average=config.gradient_allreduce_op == "mean",
-        check_overflow=config.bf16.check_grad_overflow if config.bf16.enabled else True,
-    )
 
 
 def _build_optimizer(

@@ -22,9 +22,10 @@ from tritonspeed.zero.access import (
 )
 from tritonspeed.zero.gathered import GatheredParameters
 from tritonspeed.zero.init import Init
+from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.order import Limits
 from tritonspeed.zero.plan import LeafRules
-from tritonspeed.zero.shard import ShardedModel, ShardOptions, shard
+from tritonspeed.zero.shard import ShardedModel, shard
 from tritonspeed.zero.step import StepFacts, ZeroOptimizer
 
 __all__ = [

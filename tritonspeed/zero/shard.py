@@ -7,7 +7,6 @@ optimizer.step()
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,32 +20,11 @@ from tritonspeed.zero.bucket import Bucket, Ledger
 from tritonspeed.zero.group import Group, groups_of
 from tritonspeed.zero.hooks import Hooks
 from tritonspeed.zero.init import materialise
-from tritonspeed.zero.order import Limits
-from tritonspeed.zero.plan import LeafRules, UnitPlan, plan_buckets, plan_units
+from tritonspeed.zero.options import ShardOptions
+from tritonspeed.zero.plan import UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
 from tritonspeed.zero.stages import Stage, stage_of
 from tritonspeed.zero.step import ZeroOptimizer
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """How a model is sharded. Sizes in elements; names and defaults are DeepSpeed's.
-
-    ``wire`` is the dtype gradients travel in (None: their own; sums are fp32 whatever it is); ``overlap`` sends them
-    while
-    backward goes on. ``accumulate`` is the dtype of their sum over micro-steps.
-    """
-
-    overlap: bool = True
-    reduce_bucket_size: int = 500_000_000
-    sub_group_size: int = 1_000_000_000
-    param_persistence_threshold: int = 100_000
-    model_persistence_threshold: int | None = None
-    limits: Limits = field(default_factory=Limits)
-    leaves: LeafRules = field(default_factory=LeafRules)
-    wire: torch.dtype | None = None
-    average: bool = True
-    check_overflow: bool = True
 
 
 class ShardedModel:

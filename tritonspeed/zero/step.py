@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
 from tritonspeed.kernels import sum_of_squares
-from tritonspeed.optim.build import check_elementwise
+from tritonspeed.optim import check_elementwise
 from tritonspeed.precision import LossScaler, ScaleEvent
 from tritonspeed.zero.bucket import Bucket, Ledger
 from tritonspeed.zero.group import place_of

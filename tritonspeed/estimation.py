@@ -1,0 +1,240 @@
+"""Bytes per rank before anything runs, from shapes and a config; no GPU, no process group, no memory for the model.
+
+At rest, for P elements of a bucket (padding included), N ranks, c = bytes of the compute dtype, 4 for fp32:
+
+    parameters   c·P            stages 0-2        nothing at stage 3, but what is frozen: c·P/N, and what persists: c·P
+    gradients    4·P/N          stage 0: 4·P      (accumulate dtype)
+    optimizer    4·P/N + 8·P/N  stage 0: 12·P     master, unless the compute dtype is the master's; moments of AdamW
+
+The peak adds what is on its way: at stage 3 the units that are whole, and at every stage a gradient on its way out
+(c·P) with
+what the peers send (c·P·(N-1)/N), of at most three buckets at a time. It is found by walking one training iteration
+with the very order and limits that the run uses, on integers.
+
+    estimate(model, "ds_config.json", world_size=8).total_peak_bytes
+
+Activations, and the framework's own memory, are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tritonspeed.config import Config, ModelFacts, load
+from tritonspeed.precision import Policy
+from tritonspeed.zero.bucket import Ledger
+from tritonspeed.zero.options import ShardOptions
+from tritonspeed.zero.order import Order
+from tritonspeed.zero.plan import BucketPlan, UnitPlan, plan_buckets, plan_units
+from tritonspeed.zero.reduce import Reducer, departure_order
+from tritonspeed.zero.stages import Stage, stage_of
+
+_MOMENTS = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "adadelta": 2, "asgd": 2, "rprop": 2}
+# state tensors per element; those not named have Adam's two
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one rank by category: parameters, gradients, optimizer, communication.
+
+    Attributes:
+        stage, world_size: what it is for.
+        num_parameters: elements of the model, without padding.
+        rest_bytes: between two steps.
+        peak_bytes: by category, at the moment in a step when their sum is highest.
+    """
+
+    stage: int
+    world_size: int
+    num_parameters: int
+    rest_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
+
+    @property
+    def total_rest_bytes(self) -> int:
+        return sum(self.rest_bytes.values())
+
+    @property
+    def total_peak_bytes(self) -> int:
+        return sum(self.peak_bytes.values())
+
+    def __str__(self) -> str:
+        mib = {name: f"{n / 2**20:,.1f} MiB" for name, n in self.peak_bytes.items()}
+        parts = ", ".join(f"{name} {size}" for name, size in mib.items())
+        return (
+            f"{self.num_parameters:,} parameters, ZeRO stage {self.stage}, {self.world_size} rank(s): at rest"
+            f" {self.total_rest_bytes / 2**20:,.1f} MiB, at its peak {self.total_peak_bytes / 2**20:,.1f} MiB ({parts})"
+        )
+
+
+@dataclass
+class _PaperBucket:
+    """A bucket whose memory is only counted: what ``Reducer`` needs of one."""
+
+    plan: BucketPlan
+    stage: Stage
+    ledger: Ledger
+    outbox: object | None = None
+
+    def __post_init__(self) -> None:
+        self.layout, self.parameters, self.types = self.plan.layout, self.plan.parameters, self.plan.types
+        self.trainable = self.plan.trainable
+        self.frees = self.stage.shards_parameters and not self.plan.persistent
+        self.whole_bytes = self.layout.numel * self.types.compute.itemsize
+        self._kind, self._outbox_bytes = "communication", 0
+
+    def rest(self, num_moments: int) -> None:
+        """Enter what it holds between two steps."""
+        owned = self.layout.slice_numel if self.stage.shards_optimizer else self.layout.numel
+        types, aliased = self.types, self.types.compute == self.types.master
+        if not self.frees:
+            self.ledger.add("parameters", self.whole_bytes)
+        elif not self.trainable:
+            self.ledger.add("parameters", self.layout.slice_numel * types.compute.itemsize)
+        if self.trainable:
+            if self.frees or not aliased:
+                self.ledger.add("parameters" if aliased else "optimizer", owned * types.master.itemsize)
+            self.ledger.add("optimizer", num_moments * owned * types.master.itemsize)
+            self.ledger.add("gradients", owned * types.accumulate.itemsize)
+
+    def receive(self, index: int, gradient: object, accumulating: bool) -> None:
+        if self.outbox is None:
+            self.outbox = True
+            self._kind = "gradients" if accumulating else "communication"
+            itemsize = self.types.accumulate.itemsize if accumulating else self.types.compute.itemsize
+            self._outbox_bytes = self.layout.numel * itemsize
+            self.ledger.add(self._kind, self._outbox_bytes)
+
+    def send(self, accumulating: bool) -> Callable[[], None]:
+        self.receive(0, None, accumulating)
+        stands_in = self.types.accumulate if accumulating else self.types.compute
+        wire = self.types.reduce or stands_in
+        extra = self.layout.numel * wire.itemsize if wire != stands_in else 0
+        world = self.layout.world
+        received = (world - 1) * self.layout.slice_numel * wire.itemsize if world > 1 else 0
+        held = [(self._kind, self._outbox_bytes), ("communication", extra + received)]
+        self.ledger.add("communication", held[1][1])
+        self.outbox = None
+
+        def finish() -> None:
+            for kind, num_bytes in held:
+                self.ledger.add(kind, -num_bytes)
+
+        return finish
+
+    def drop_grad(self) -> None:
+        self.outbox = None
+
+
+class _PaperGroup:
+    """One unit: its buckets on paper, and whether they are whole."""
+
+    def __init__(self, index: int, unit: UnitPlan, buckets: list[_PaperBucket], ledger: Ledger) -> None:
+        self.index, self.name, self.buckets, self.ledger = index, unit.name, buckets, ledger
+        self.num_elems = sum(b.layout.numel for b in buckets if b.frees)
+        self.frees = any(b.frees for b in buckets)
+        self.whole = False
+
+    def unshard(self) -> None:
+        self._set(True)
+
+    def reshard(self) -> None:
+        self._set(False)
+
+    def _set(self, whole: bool) -> None:
+        if self.frees and whole is not self.whole:
+            sign = 1 if whole else -1
+            self.ledger.add("communication", sign * sum(b.whole_bytes for b in self.buckets if b.frees))
+            self.whole = whole
+
+
+def estimate(model: nn.Module, config: Any, world_size: int) -> Estimate:
+    """What one rank of ``world_size`` will hold when ``model`` is trained under ``config``.
+
+    Args:
+        model: shapes are enough: it may stand on the meta device. Its blocks are taken to run in registration order.
+        config: as for ``initialize``.
+        world_size: ranks.
+    """
+    resolved = _resolve(model, config, world_size)
+    policy = Policy.from_config(resolved)
+    options = ShardOptions.from_config(resolved, policy)
+    stage, ledger = stage_of(int(resolved.zero_optimization.stage)), Ledger()
+    units = plan_units(model, options.leaves, options.param_persistence_threshold, options.model_persistence_threshold)
+    groups = []
+    for index, unit in enumerate(units):
+        plans = plan_buckets(unit, world_size, policy, options.wire)
+        groups.append(_PaperGroup(index, unit, [_PaperBucket(p, stage, ledger) for p in plans], ledger))
+    for group in groups:
+        for bucket in group.buckets:
+            bucket.rest(_num_moments(resolved))
+    rest = dict(ledger.bytes_of)
+    _walk(groups, stage, options, int(resolved.gradient_accumulation_steps or 1))
+    return Estimate(stage.number, world_size, sum(p.numel() for p in model.parameters()), rest, ledger.peak_of)
+
+
+def _resolve(model: nn.Module, config: Any, world_size: int) -> Config:
+    hidden = getattr(getattr(model, "config", None), "hidden_size", None)
+    return load(config).resolve(world_size, ModelFacts(hidden_size=hidden))
+
+
+def _num_moments(config: Config) -> int:
+    if config.optimizer is None or config.optimizer.type is None:
+        return 2
+    name = config.optimizer.type.lower()
+    if name == "sgd" and (config.optimizer.params or {}).get("momentum"):
+        return 1
+    return _MOMENTS.get(name, 2)
+
+
+def _walk(groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_accumulated: int) -> None:
+    """Two iterations of forward and backward over the units, the first to learn their order; enters the peak."""
+    buckets: Any = departure_order(groups)  # type: ignore[arg-type]
+    reducer = Reducer(buckets, options.overlap, options.reduce_bucket_size, stage.shards_gradients)
+    reducer.num_accumulated = num_accumulated
+    order = Order([g.num_elems for g in groups], options.limits)
+
+    def live() -> int:
+        return sum(g.num_elems for g in groups if g.whole)
+
+    def need(group: _PaperGroup) -> None:
+        order.need(group.index)
+        group.unshard()
+        for index in order.ahead(live()):
+            groups[index].unshard()
+
+    def leave_forward(group: _PaperGroup) -> None:
+        if group.frees and not order.keep(group.index, live()):
+            group.reshard()
+
+    def gradients(group: _PaperGroup, some: slice = slice(None)) -> None:
+        for bucket in group.buckets:
+            for i in range(len(bucket.parameters))[some] if bucket.trainable else ():
+                reducer.receive(bucket, i, None)  # type: ignore[arg-type]
+
+    root, units = groups[0], [g for g in groups[1:] if g.frees or any(b.trainable for b in g.buckets)]
+    for micro_step in range(1, 2 * num_accumulated + 1):
+        reducer.sending = stage.shards_gradients or micro_step % num_accumulated == 0
+        order.begin("train")
+        for group in [root, *units]:
+            if group.frees:
+                need(group)
+                if group is not root:
+                    leave_forward(group)
+        leave_forward(root)
+        if root.frees:
+            need(root)
+        gradients(root, slice(1))  # a final norm or a head comes first, the embedding last: open all the time
+        for group in reversed(units):
+            if group.frees:
+                need(group)
+            gradients(group)
+            group.reshard()
+        gradients(root, slice(1, None))
+        reducer.finish_backward()
+        for group in groups:
+            group.reshard()
