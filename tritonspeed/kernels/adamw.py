@@ -15,9 +15,9 @@ Source   Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711
 Roof     GPU: not measured yet. CPU (2 cores of an AMD EPYC): the table beside ``CPU_CHUNK_ELEMS``
 
 Every operation is rounded by itself, with the IEEE quotient and root and no contraction into fused multiply-adds: an
-element's result depends neither on where the buffer was cut nor on whether its tile was full. The moments equal those of
-``adamw_reference`` to the last bit, the weights wherever PyTorch's root is correctly rounded (on a CPU, one in six is an
-ulp off). η, ε, λ and s are runtime values: no schedule recompiles anything.
+element's result depends neither on where the buffer was cut nor on whether its tile was full. The moments equal those
+of ``adamw_reference`` to the last bit, the weights wherever PyTorch's root is correctly rounded (on a CPU, one in six
+is an ulp off). η, ε, λ and s are runtime values: no schedule recompiles anything.
 """
 
 import math
