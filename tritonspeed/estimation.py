@@ -134,7 +134,8 @@ class _PaperGroup:
     """One unit: its buckets on paper, and whether they are whole."""
 
     def __init__(self, index: int, unit: UnitPlan, buckets: list[_PaperBucket], ledger: Ledger) -> None:
-        self.index, self.name, self.buckets, self.ledger = index, unit.name, buckets, ledger
+        self.index, self.name, self.modules = index, unit.name, unit.modules
+        self.buckets, self.ledger = buckets, ledger
         self.num_elems = sum(b.layout.numel for b in buckets if b.frees)
         self.frees = any(b.frees for b in buckets)
         self.whole = False
@@ -234,6 +235,8 @@ def _walk(groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_ac
                 need(group)
             gradients(group)
             group.reshard()
+            if not all(isinstance(module, nn.Embedding) for module in group.modules):
+                reducer.leave(group.buckets)  # tokens have no gradient, so nothing tells that backward left them
         gradients(root, slice(1, None))
         reducer.finish_backward()
         for group in groups:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import SHARDINGS, Case, lock_step, sgd
 from models import Block, Net, batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from cases import SHARDINGS, Case, lock_step, sgd
 
 import tritonspeed as ts
 
@@ -82,18 +82,21 @@ class Expert(nn.Module):
 
 
 class Mixture(nn.Module):
-    """One of three experts, chosen from the data: different ranks choose different ones."""
+    """None, some or all of three experts, chosen from the data: different ranks choose different ones, and numbers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.experts = nn.LayerNorm(width), nn.ModuleList([Expert(width) for _ in range(3)])
 
     def forward(self, x: Tensor, choice: int) -> Tensor:
-        return x + self.experts[choice % 3](self.norm(x))
+        y = self.norm(x)
+        for i, expert in enumerate(self.experts):
+            x = x + expert(y) if i < choice % 4 else x
+        return x + y
 
 
 class MixtureNet(Net):
-    """Routed blocks (each a unit), or one mixture beside the blocks, whose experts would be units if it were no leaf."""
+    """Routed blocks (each a unit), or a mixture beside the blocks, whose experts would be units if it were no leaf."""
 
     def __init__(self, leaf: bool = False, recompute: str | None = None) -> None:
         super().__init__(recompute=recompute)
@@ -239,6 +242,7 @@ def only_blocks(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": chosen[:half]}, {"params": chosen[half:], "lr": 0.01}], lr=0.05)
 
 
+NOTHING_KEPT = {"limits": ts.zero.Limits(max_reuse_distance=0)}
 CASES = {
     "plain": Case(),
     "tied": Case(partial(Net, tied=True)),
@@ -251,6 +255,7 @@ CASES = {
     "repeated, recomputed reentrantly": Case(partial(Repeated, "reentrant")),
     "two branches": Case(Siamese),
     "routed by rank": Case(MixtureNet),
+    "routed by rank, nothing kept": Case(MixtureNet, steps=5, options=NOTHING_KEPT),
     "routed by rank, recomputed": Case(partial(MixtureNet, recompute="plain")),
     "routed by rank, recomputed reentrantly": Case(partial(MixtureNet, recompute="reentrant")),
     "routed by rank, a leaf": Case(partial(MixtureNet, leaf=True)),
@@ -266,7 +271,8 @@ CASES = {
     "two towers": Case(Towers),
     "smaller than the world": Case(tiny, drive_tiny),
     "half of the parameters": Case(optimizer=only_blocks),
-    "no prefetch": Case(options={"limits": ts.zero.Limits(prefetch_bucket_size=0, max_reuse_distance=0)}),
+    "no prefetch": Case(options={"limits": ts.zero.Limits(prefetch_bucket_size=0)}),
+    "nothing kept": Case(options=NOTHING_KEPT),
     "no overlap": Case(options={"overlap": False}),
     "small chunks": Case(options={"sub_group_size": 100, "reduce_bucket_size": 1}),
 }

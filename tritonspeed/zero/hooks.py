@@ -221,6 +221,7 @@ class Hooks:
         if group.index != 0:  # the root stays until backward has ended
             group.release("backward", every=True)
             group.reshard()
+            self.reducer.leave(group.buckets)
 
     def _end_backward(self) -> None:
         self._backward_open = False

@@ -2,13 +2,19 @@
 
 The order is the reverse of the units' own (the order in which backward fills them), the root and the persistent
 parameters last. It never depends on which gradient came first: that may differ between ranks, and between two runs.
-What a rank does not use leaves as zeros at the end of backward.
+What a rank does not use leaves as zeros.
+
+When a bucket is complete has two answers. Where nothing is gathered in backward, a bucket is complete when its
+gradients are here, or backward ends: ranks may disagree about that moment, as they then do nothing else. At stage 3
+they gather units in between, and a rank that waits for a gradient which never comes (an expert it did not use) would
+issue its reduction after a gather that the others issue before: there, a bucket is complete when backward leaves its
+unit, which all ranks do at the same place.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -43,7 +49,9 @@ class Reducer:
         self.sending = True  # False within an accumulation (stages 0, 1) and under no_sync
         self._held_back = False  # some backward of this step did not send
         self._position = {id(b): i for i, b in enumerate(buckets)}
-        self._expected = [len(b.parameters) for b in buckets]  # arrivals that complete a bucket, learned as it goes
+        self._counts_leaving = any(b.frees for b in buckets)  # what completes a bucket: see the module's docstring
+        self._usual = [1 if self._counts_leaving else len(b.parameters) for b in buckets]
+        self._expected = list(self._usual)  # gradients, or times left, that complete a bucket: learned as it goes
         self._arrived = [0] * len(buckets)
         self._next = 0
         self._under_way: deque[tuple[Bucket, Callable[[], None]]] = deque()
@@ -63,8 +71,17 @@ class Reducer:
     def receive(self, bucket: Bucket, index: int, gradient: Tensor) -> None:
         """One parameter's gradient has been computed."""
         bucket.receive(index, gradient, self._accumulates)
-        position = self._position[id(bucket)]
-        self._arrived[position] += 1
+        if not self._counts_leaving:
+            self._count(bucket)
+
+    def leave(self, buckets: Iterable[Bucket]) -> None:
+        """Backward has left the unit of these buckets: what it has of their gradients is there."""
+        for bucket in buckets:
+            if self._counts_leaving and bucket.frees and bucket.trainable:
+                self._count(bucket)
+
+    def _count(self, bucket: Bucket) -> None:
+        self._arrived[self._position[id(bucket)]] += 1
         if self.sending and self.overlap:
             while self._next < len(self.buckets) and self._arrived[self._next] >= self._expected[self._next]:
                 self._send(self.buckets[self._next])
@@ -75,8 +92,8 @@ class Reducer:
         if self.sending:
             for bucket in self.buckets[self._next :]:
                 self._send(bucket)
-            # a parameter that several recomputed segments use arrives several times: next time wait for all of them
-            self._expected = [n or len(b.parameters) for n, b in zip(self._arrived, self.buckets, strict=True)]
+            # what several segments of backward use arrives several times: next time wait for all of them
+            self._expected = [n or usual for n, usual in zip(self._arrived, self._usual, strict=True)]
         self._held_back = not self.sending
         self._drain(0)
         self._arrived = [0] * len(self.buckets)
