@@ -16,6 +16,7 @@ CLIP = 0.5
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     "ours": lambda parameters: ts.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01),
+    "rounded": lambda parameters: ts.optim.AdamW(parameters, lr=1e-2, stochastic_rounding=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
 }
 

@@ -46,3 +46,14 @@ def test_accumulation_is_bitwise_where_the_sum_has_one_order(ranks, pair):
         (losses, norms, masters), (other_losses, other_norms, other_masters) = got[pair[0]], got[pair[1]]
         assert losses == other_losses and norms == other_norms
         assert all(masters[n].equal(other_masters[n]) for n in masters)
+
+
+def rounded(stage):
+    return sharded_training(stage, 10, 1, "bf16", {}, optimizer="rounded")
+
+
+def test_stochastic_rounding_draws_the_same_bits_at_every_stage(ranks):
+    results = [ranks(2, rounded, stage)[0] for stage in range(4)]
+    plain = ranks(2, curves, "bf16", 1, ["stage 0"])[0]["stage 0"]
+    assert all(losses == results[0][0] for losses, _, _ in results)
+    assert results[0][0] != plain[0][:10]  # it does round differently

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonspeed import comm
 from tritonspeed.config import Config
 from tritonspeed.engine.explain import explain_plan
 from tritonspeed.engine.getters import Getters
@@ -163,7 +164,7 @@ class Engine(Getters, nn.Module):
         ledger, on_gpu = self.sharded.ledger, self.mesh.device.type == "cuda"
         self.last_step = StepReport(
             step=self.global_steps,
-            loss=float(torch.stack(self._losses).float().mean()) if self._losses else None,
+            loss=self._mean_loss(),
             grad_norm=facts.grad_norm,
             lr=self._lr_of_step,
             loss_scale=self._scale_of_step,
@@ -184,6 +185,11 @@ class Engine(Getters, nn.Module):
                 log.warning("step %d: %s", self.global_steps, facts.reason)
             elif every and every != float("inf") and self.global_steps % int(every) == 0:
                 log.info("%s", self.last_step)
+
+    def _mean_loss(self) -> float | None:
+        if not self._losses:
+            return None
+        return comm.read_scalars(self.mesh, torch.stack(self._losses).float().mean().view(1))[0]
 
     # accumulation
 

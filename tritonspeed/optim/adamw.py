@@ -122,6 +122,7 @@ class AdamW(Optimizer):
         grad_scale: Tensor | None = None,
         param_out: Tensor | None = None,
         first_element: int = 0,
+        place: int | None = None,
     ) -> None:
         """Update one flat fp32 master in place, with its group's current hyperparameters.
 
@@ -131,12 +132,13 @@ class AdamW(Optimizer):
             grad_scale: one fp32 element multiplied into the gradient: 1 / loss scale × clip coefficient.
             param_out: (n,) bf16 or fp16, receives the rounded weights.
             first_element: index of param[0] in the unsharded buffer, a multiple of 4; stochastic rounding follows it.
+            place: number of that buffer, which stochastic rounding follows too; None is param's place in the groups.
 
         Raises:
             ValueError: types or sizes that do not fit, or a param that this optimizer does not hold.
         """
         state = self._state_of(param)
-        self._update_(param, param, grad, state, grad_scale, param_out, first_element)
+        self._update_(param, param, grad, state, grad_scale, param_out, first_element, place)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; masters and moments stay fp32."""
@@ -196,12 +198,14 @@ class AdamW(Optimizer):
         grad_scale: Tensor | None,
         param_out: Tensor | None,
         first_element: int,
+        place: int | None = None,
     ) -> None:
-        g, place = self._place_of(param)
+        g, in_groups = self._place_of(param)
         group = self.param_groups[g]
         state["step"] += 1
         # a tensor without data has no number to give, and its update is not computed: any will do
         step = 1 if isinstance(state["step"], FakeTensor) else int(state["step"].item())
+        place = in_groups if place is None else place
         random = group["stochastic_rounding"] and param_out is not None and param_out.dtype == torch.bfloat16
         adamw_(
             master,

@@ -5,7 +5,7 @@ of a bucket leaves in one piece. Sizes in elements, N ranks, P = layout.numel:
 
     whole     W[P]     compute dtype     what the modules compute with; at stage 3 only while in use
     master    M[P/N]   fp32              what the optimizer updates (stage 0: M[P]); trainable buckets only
-    shard     S[P/N]   compute dtype     frozen buckets at stage 3: what ``whole`` is gathered from
+    shard     S[P/N]   compute dtype     stage 3, frozen buckets and stochastic rounding: ``whole`` is gathered from it
     grad      G[P/N]   accumulate dtype  the sum over the ranks (stage 0: G[P])
     outbox    g[P]     compute dtype     this rank's gradient, from its first element to its departure
 
@@ -14,7 +14,7 @@ Where the compute dtype is the master's, ``master`` is the own slice of ``whole`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -156,11 +156,20 @@ class Bucket:
             return
         self.whole.untyped_storage().resize_(self._whole_bytes)
         self.ledger.add("communication", self._whole_bytes)
-        source = self.master if self.trainable else self.shard
-        assert source is not None, "a bucket that frees its parameters has something to gather them from"
-        self.whole[slice(*self.own)].copy_(source)
+        self._fill_own()
         self._pending = comm.all_gather_(self.mesh, self.whole, self.name)
         self.state = ShardState.GATHERING
+
+    def _fill_own(self) -> None:
+        source = self.shard if self.shard is not None else self.master
+        assert source is not None, "a bucket that frees its parameters has something to gather them from"
+        self.whole[slice(*self.own)].copy_(source)
+
+    def keep_rounded(self) -> None:
+        """Hold the low-precision copy of the own slice, because it is not what rounding the master again would give."""
+        if self.frees and self.shard is None and self.master is not None:
+            self.shard = self.master.to(self.types.compute)
+            self.ledger.add("parameters", self.shard.nbytes)
 
     def wait(self) -> None:
         """Until the gather has landed; then the parameters are views of ``whole``."""
@@ -185,24 +194,23 @@ class Bucket:
         """After a step: if somebody holds ``whole`` although the stage frees it, gather the updated values again."""
         if self.frees and self.state is not ShardState.SHARDED and self.master is not None:
             self.wait()
-            self.whole[slice(*self.own)].copy_(self.master)
+            self._fill_own()
             comm.all_gather_(self.mesh, self.whole, self.name).wait()
 
-    def take_back(self, indices: Iterable[int]) -> None:
+    def take_back(self, indices: Sequence[int]) -> None:
         """Make parameters changed by hand in ``whole``, equal on every rank, the truth: cut masters and shards anew.
 
         Args:
             indices: which parameters; the masters of the others keep the bits that ``whole`` does not have.
         """
-        lo, hi = self.owned if self.trainable else self.own
-        truth = self.master if self.trainable else self.shard
-        if truth is None or truth.data_ptr() == self.whole[lo:hi].data_ptr():
-            return
-        for i in indices:
-            span = self.layout.spans[i]
-            start, end = max(lo, span.offset), min(hi, span.end)
-            if start < end:
-                truth[start - lo : end - lo].copy_(self.whole[start:end])
+        truths = [(self.master, self.owned), (self.shard, self.own)]
+        for truth, (lo, hi) in truths:
+            if truth is None or truth.data_ptr() == self.whole[lo:hi].data_ptr():
+                continue
+            for span in (self.layout.spans[i] for i in indices):
+                start, end = max(lo, span.offset), min(hi, span.end)
+                if start < end:
+                    truth[start - lo : end - lo].copy_(self.whole[start:end])
 
     def disown(self, parameters: Iterable[Parameter]) -> None:
         """Others manage these parameters from now on; when none is left, the memory goes."""

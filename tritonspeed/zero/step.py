@@ -51,6 +51,8 @@ class Chunk:
     def low_precision(self) -> Tensor | None:
         """Where the compute-dtype copy is written; None where the master is the parameter, or stage 3 casts later."""
         bucket = self.bucket
+        if bucket.frees and bucket.shard is not None:
+            return bucket.shard[self.start - bucket.own[0] : self.end - bucket.own[0]]
         if bucket.frees or bucket.types.compute == bucket.types.master:
             return None
         return bucket.whole[self.start : self.end]
@@ -128,6 +130,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.scaler = scaler or LossScaler()
         self.gradient_clipping, self.average, self.check_overflow = gradient_clipping, average, check_overflow
         self.chunks = self._take_over(sub_group_size)
+        if any(group.get("stochastic_rounding") for group in inner.param_groups):
+            for bucket in buckets:
+                bucket.keep_rounded()
         self.last: StepFacts | None = None
         self.overflow = False
         self._state_bytes = 0
@@ -229,11 +234,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if flat is None:
             self._step_generic(scale)
         published = []
-        for bucket in self.buckets:
-            for chunk in self._chunks_of(bucket):
-                if flat is not None and bucket.has_grad:
-                    flat(chunk.master, chunk.gradient(), grad_scale=scale, param_out=chunk.low_precision())
-                elif bucket.has_grad and (copy := chunk.low_precision()) is not None:
+        for place, bucket in enumerate(self.buckets):
+            for chunk in self._chunks_of(bucket) if bucket.has_grad else ():
+                copy = chunk.low_precision()
+                if flat is not None:
+                    gradient = chunk.gradient()
+                    flat(chunk.master, gradient, scale, copy, first_element=chunk.start, place=place)
+                elif copy is not None:
                     copy.copy_(chunk.master)
             published.append(bucket.publish())
         for pending in published:
