@@ -131,7 +131,9 @@ def measure(
                     losses=timed[0]["losses"],
                 )
             )
-    return rows, [f"{shape}: {entry.name}: {text}" for entry, text in failures.items()]
+    crashed = {e: sum(r["exit_status"] != 0 for r in runs[e]) for e in entries}
+    notes = [f"{shape}: {e.name}: {n} runs crashed after their result" for e, n in crashed.items() if n]
+    return rows, notes + [f"{shape}: {entry.name}: {text}" for entry, text in failures.items()]
 
 
 def _progress(shape: str, entry: Entry, result: dict[str, Any]) -> None:

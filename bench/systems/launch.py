@@ -44,9 +44,11 @@ def run(
 ) -> dict[str, Any]:
     """Launch run_one on `num_ranks` gloo ranks, one torch thread each (torchrun's default), and return what it printed.
 
+    A run that printed its result and crashed on the way out (DeepSpeed now and then aborts in its teardown) is returned
+    too, with its "exit_status" beside the rest.
+
     Raises:
-        RunFailed: a rank ended with an error, or `limit_s` seconds were not enough; the whole process group is ended
-        first.
+        RunFailed: the run ended without a result, or `limit_s` seconds were not enough: all its processes are ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -69,9 +71,9 @@ def run(
         output, _ = process.communicate()
         raise RunFailed(f"{' '.join(arguments)}: not done after {limit_s} s\n{output[-2000:]}") from None
     results = [line[len(MARK) :] for line in output.splitlines() if line.startswith(MARK)]
-    if process.returncode or not results:
+    if not results:
         raise RunFailed(f"{' '.join(arguments)}: exit status {process.returncode}\n{output[-4000:]}")
-    return json.loads(results[-1])
+    return {**json.loads(results[-1]), "exit_status": process.returncode}
 
 
 def wait_until_idle(idle_fraction: float = 0.9, limit_s: float = 30) -> float:

@@ -132,6 +132,8 @@ def ds_config(stage: int, precision: str, variant: str, rows: int) -> dict[str, 
             config["communication_data_type"] = "fp32"
         elif change == "no-persistence":
             zero["stage3_param_persistence_threshold"] = 0
+        elif change == "plain-linear":
+            zero["memory_efficient_linear"] = False
         elif change == "leaf-blocks":
             zero["leaf_module"] = {"classes": ["Block"]}
         else:
