@@ -201,10 +201,16 @@ class ReturnsNet(Net):
 
 
 class FusedHead(Net):
-    """Reads the head's weight, and a norm's inside a block, without calling the modules that own them."""
+    """Reads the head's weight, and a norm's inside a block, without calling the modules that own them.
+
+    The head is large enough to be a unit of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(vocab=97)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        logits = F.linear(self.hidden(tokens), self.head.weight) * self.blocks[1].norm.weight.sum()
+        logits = F.linear(self.hidden(tokens), self.head.weight) * self.blocks[1].norm.weight.square().mean()
         return logits if targets is None else F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 

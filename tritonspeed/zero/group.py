@@ -32,7 +32,7 @@ class Group:
         self.holds: Counter[str] = Counter()
         self.num_elems = sum(b.layout.numel for b in buckets if b.frees)
         self.frees = any(b.frees for b in buckets)
-        self.is_whole = True  # kept by wait and reshard: it is asked on every read of a parameter
+        self.is_whole = True  # kept by wait and reshard
         for bucket in buckets:
             for i, p in enumerate(bucket.parameters):
                 _group_of[p] = (self, bucket, i)

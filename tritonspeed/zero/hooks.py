@@ -12,7 +12,8 @@ Recomputation inside backward (activation checkpointing, reentrant or not) finds
 [Note: reading a parameter from elsewhere] A fused head reads ``lm_head.weight`` without calling ``lm_head``. The
 modules'
 ``_parameters`` are dictionaries that make the unit whole on such a read while a forward or backward is under way, and
-keep it until that ends.
+keep it until that ends. Its backward may come after another one, or after a forward under no_grad, that ended the hold:
+so it is made whole again where backward reaches the module that was running when it was read.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class GuardedParameters(dict):
 
     def __getitem__(self, name: str) -> Parameter | None:
         group = self._groups.get(name)
-        if group is not None and not group.is_whole:
+        if group is not None and "forward" not in group.holds:  # its own module's forward reads without a detour
             self._read(group)
         return super().__getitem__(name)
 
@@ -75,7 +76,7 @@ class Hooks:
         self.on_discard: Callable[[], None] | None = None  # gradients were dropped: a backward had not finished
         self._handles: list[RemovableHandle] = []
         self._guarded: list[nn.Module] = []
-        self._depth = 0  # forwards of hooked modules under way
+        self._running: list[list[Group]] = []  # per forward of a hooked module under way: units it read from elsewhere
         self._backward_open = False
         self._installed = False
         self.install()
@@ -137,9 +138,11 @@ class Hooks:
 
     def _pre_forward(self, group: Group, module: nn.Module, args: Any, kwargs: Any) -> Any:
         recomputing = in_backward()
-        if not recomputing and self._depth == 0:
+        if not recomputing and module is self.model:
+            self._running.clear()  # an interrupted forward (Ctrl-C) did not come to its end
+        if not recomputing and not self._running:
             self._begin_iteration()
-        self._depth += 1
+        self._running.append([])
         if group.frees:
             self._need(group, "backward" if recomputing else "forward")
         if not torch.is_grad_enabled() or not group.frees:
@@ -160,7 +163,7 @@ class Hooks:
         return args, kwargs
 
     def _post_forward(self, group: Group, module: nn.Module, output: Any) -> None:
-        self._depth = max(0, self._depth - 1)
+        elsewhere = self._running.pop() if self._running else []
         recomputing = in_backward()
         if group.frees and not recomputing:
             group.release("forward")
@@ -169,16 +172,19 @@ class Hooks:
         if torch.is_grad_enabled():
             is_root = module is self.model and not recomputing
             for tensor in tensors_in(output):
-                if tensor.requires_grad and (group.frees or is_root):
-                    tensor.register_hook(self._entering(group, is_root))
-        if self._depth == 0 and not recomputing and not torch.is_grad_enabled():
+                if tensor.requires_grad and (group.frees or is_root or elsewhere):
+                    tensor.register_hook(self._entering(group, elsewhere, is_root))
+        if not self._running and not recomputing and not torch.is_grad_enabled():
             self._sweep("external")
 
-    def _entering(self, group: Group, is_root: bool) -> Callable[[Tensor], Tensor | None]:
+    def _entering(self, group: Group, elsewhere: list[Group], is_root: bool) -> Callable[[Tensor], Tensor | None]:
         def enter(gradient: Tensor) -> Tensor | None:
             self._open_backward()
             if group.frees and not group.holds["backward"]:
                 self._need(group, "backward")
+            for read in elsewhere:
+                if not read.holds["external"]:
+                    read.acquire("external")
             if is_root and self.backward_scale is not None:
                 return self.backward_scale(gradient)
             return None
@@ -207,7 +213,11 @@ class Hooks:
         return sum(g.num_elems for g in self.groups if g.frees and not g.is_sharded)
 
     def _read(self, group: Group) -> None:
-        if self._depth or in_backward():
+        if group.is_whole and group.holds["backward"]:  # its own module, recomputed
+            return
+        if self._running and group not in self._running[-1]:
+            self._running[-1].append(group)
+        if (self._running or in_backward()) and not group.holds["external"]:
             group.acquire("external")
 
     # backward
@@ -226,7 +236,7 @@ class Hooks:
     def _end_backward(self) -> None:
         self._backward_open = False
         self.reducer.finish_backward()
-        self._sweep("backward", "external")
+        self._sweep("backward", "external", *(() if self._running else ("forward",)))
         if self.after_backward is not None:
             self.after_backward()
 

@@ -141,7 +141,7 @@ class Init:
         Group(self._count, name, [bucket], [owner]).reshard()
 
     def _read(self, group: Group) -> None:
-        if _active is self:
+        if _active is self and not group.is_whole:
             self._flush_beyond(OPEN_AT_MOST_ELEMS - group.num_elems)
             group.acquire("init")
             self._open.append(group)
