@@ -137,7 +137,7 @@ def _fill_scheduler(config: K, notes: Notes) -> K:
 def _fill_batch(config: K, world_size: int, notes: Notes) -> K:
     given: list[Any] = [getattr(config, name) for name in NAMES]
     known = [None if value == AUTO else value for value in given]
-    triad = solve(*known, world_size, default=AUTO in given[:2])
+    triad = solve(*known, world_size=world_size, default=AUTO in given[:2])
     for name, was, value in zip(NAMES, known, (triad.train, triad.micro, triad.accumulation), strict=True):
         if was is None:
             notes[name] = f"{triad.train} = {triad.micro} × {triad.accumulation} × world {world_size}"

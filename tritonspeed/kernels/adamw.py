@@ -292,7 +292,7 @@ def _adamw_cpu_(
         _torch_step_(p, exp_avg[chunk], exp_avg_sq[chunk], g, at)
         if param_out is not None and at.seed is None:
             param_out[chunk].copy_(p)
-        elif param_out is not None:
+        elif param_out is not None and at.seed is not None:
             param_out[chunk].copy_(round_stochastic_reference(p, at.seed, at.first_element + start))
 
 
@@ -301,11 +301,11 @@ def _adamw_shapes_(*_arguments: object) -> None:
 
 
 def _launched_(*arguments: Any) -> None:
-    launch_adamw_(*arguments[:7], AdamWStep(*arguments[7:]))
+    launch_adamw_(*arguments[:7], at=AdamWStep(*arguments[7:]))
 
 
 def _on_cpu_(*arguments: Any) -> None:
-    _adamw_cpu_(*arguments[:7], AdamWStep(*arguments[7:]))
+    _adamw_cpu_(*arguments[:7], at=AdamWStep(*arguments[7:]))
 
 
 _library.impl("adamw_", _launched_ if INTERPRETED else _on_cpu_, "CPU")

@@ -98,7 +98,7 @@ def round_stochastic(x, first_element, seed, BLOCK: tl.constexpr):
     """fp32 [BLOCK] → bf16, the element at ``first_element`` (a multiple of 4) first."""
     group = first_element // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=7)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=tl.constexpr(7))
     pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK/4, 2, 2]: word 2a + b at (·, a, b)
     words = tl.reshape(pairs, [BLOCK])
     bits = (x.to(tl.uint32, bitcast=True) + (words & 0xFFFF)) & 0xFFFF0000
