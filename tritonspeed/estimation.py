@@ -194,8 +194,7 @@ def _num_moments(config: Config) -> int:
 
 def _walk(groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_accumulated: int) -> None:
     """Two iterations of forward and backward over the units, the first to learn their order; enters the peak."""
-    buckets: Any = departure_order(groups)  # type: ignore[arg-type]
-    reducer = Reducer(buckets, options.overlap, options.reduce_bucket_size, stage.shards_gradients)
+    reducer = Reducer(departure_order(groups), options.overlap, options.reduce_bucket_size, stage.shards_gradients)
     reducer.num_accumulated = num_accumulated
     order = Order([g.num_elems for g in groups], options.limits)
 
@@ -215,7 +214,7 @@ def _walk(groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_ac
     def gradients(group: _PaperGroup, some: slice = slice(None)) -> None:
         for bucket in group.buckets:
             for i in range(len(bucket.parameters))[some] if bucket.trainable else ():
-                reducer.receive(bucket, i, None)  # type: ignore[arg-type]
+                reducer.receive(bucket, i, None)
 
     root, units = groups[0], [g for g in groups[1:] if g.frees or any(b.trainable for b in g.buckets)]
     for micro_step in range(1, 2 * num_accumulated + 1):

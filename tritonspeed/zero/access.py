@@ -87,7 +87,7 @@ def safe_set_full_fp32_param(param: Parameter, value: Tensor) -> None:
     lo, hi = max(lo, span.offset), min(hi, span.end)
     if lo < hi:
         _master(bucket, lo, hi).copy_(flat[lo - span.offset : hi - span.offset])
-    if bucket.trainable and bucket.shard is not None:
+    if bucket.master is not None and bucket.shard is not None:
         bucket.shard.copy_(bucket.master)
 
 

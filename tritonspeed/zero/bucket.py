@@ -216,9 +216,9 @@ class Bucket:
         """Others manage these parameters from now on; when none is left, the memory goes."""
         gone = {id(p) for p in parameters}
         kept = [i for i, p in enumerate(self.parameters) if id(p) not in gone]
-        self.parameters, self._views, self._blanks = (
-            [items[i] for i in kept] if items else [] for items in (self.parameters, self._views, self._blanks)
-        )
+        self.parameters = [self.parameters[i] for i in kept]
+        self._views = [self._views[i] for i in kept]
+        self._blanks = [self._blanks[i] for i in kept] if self._blanks else []
         if not kept:
             self.master = self.shard = None
             self.whole.untyped_storage().resize_(0)

@@ -14,25 +14,52 @@ unit, which all ranks do at the same place.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
-from torch import Tensor
-
-from tritonspeed.zero.bucket import Bucket
-from tritonspeed.zero.group import Group
+from tritonspeed.zero.layout import Layout
 from tritonspeed.zero.plan import PERSISTENT, ROOT
 
 MAX_UNDER_WAY = 2  # one on the wire while the next fills: more would only hold memory
 
 
-def departure_order(groups: list[Group]) -> list[Bucket]:
+class Sender(Protocol):
+    """What is asked of a bucket here. ``estimate`` has buckets of its own, of which only the bytes are counted."""
+
+    layout: Layout
+    parameters: list[Any]
+    trainable: bool
+    frees: bool
+
+    @property
+    def outbox(self) -> object | None: ...
+
+    def receive(self, index: int, gradient: Any, accumulating: bool) -> None: ...
+
+    def send(self, accumulating: bool) -> Callable[[], None]: ...
+
+    def drop_grad(self) -> None: ...
+
+
+B = TypeVar("B", bound=Sender)
+
+
+class Unit(Protocol[B]):
+    """What is asked of a group here."""
+
+    name: str
+    index: int
+    buckets: list[B]
+
+
+def departure_order(groups: Sequence[Unit[B]]) -> list[B]:
     """The trainable buckets of ``groups`` in the order in which they are reduced."""
     late = {ROOT: 1, PERSISTENT: 2}
     ordered = sorted(groups, key=lambda g: (late.get(g.name, 0), -g.index))
     return [b for g in ordered for b in g.buckets if b.trainable]
 
 
-class Reducer:
+class Reducer(Generic[B]):
     """Takes gradients in any order, sends them in one.
 
     Args:
@@ -42,7 +69,7 @@ class Reducer:
         shards_gradients: reduce after every backward, not only at the end of an accumulation.
     """
 
-    def __init__(self, buckets: list[Bucket], overlap: bool, max_elems: int, shards_gradients: bool) -> None:
+    def __init__(self, buckets: list[B], overlap: bool, max_elems: int, shards_gradients: bool) -> None:
         self.buckets, self.overlap, self.max_elems = buckets, overlap, max_elems
         self.shards_gradients = shards_gradients
         self.num_accumulated = 1  # micro-steps per step: more than one makes stages 0, 1 accumulate before sending
@@ -54,7 +81,7 @@ class Reducer:
         self._expected = list(self._usual)  # gradients, or times left, that complete a bucket: learned as it goes
         self._arrived = [0] * len(buckets)
         self._next = 0
-        self._under_way: deque[tuple[Bucket, Callable[[], None]]] = deque()
+        self._under_way: deque[tuple[B, Callable[[], None]]] = deque()
 
     @property
     def num_unsent(self) -> int:
@@ -68,19 +95,19 @@ class Reducer:
         local = self.num_accumulated > 1 or not self.sending or self._held_back
         return local and not self.shards_gradients
 
-    def receive(self, bucket: Bucket, index: int, gradient: Tensor) -> None:
+    def receive(self, bucket: B, index: int, gradient: Any) -> None:
         """One parameter's gradient has been computed."""
         bucket.receive(index, gradient, self._accumulates)
         if not self._counts_leaving:
             self._count(bucket)
 
-    def leave(self, buckets: Iterable[Bucket]) -> None:
+    def leave(self, buckets: Iterable[B]) -> None:
         """Backward has left the unit of these buckets: what it has of their gradients is there."""
         for bucket in buckets:
             if self._counts_leaving and bucket.frees and bucket.trainable:
                 self._count(bucket)
 
-    def _count(self, bucket: Bucket) -> None:
+    def _count(self, bucket: B) -> None:
         self._arrived[self._position[id(bucket)]] += 1
         if self.sending and self.overlap:
             while self._next < len(self.buckets) and self._arrived[self._next] >= self._expected[self._next]:
@@ -113,7 +140,7 @@ class Reducer:
         for bucket in self.buckets:
             bucket.drop_grad()
 
-    def _send(self, bucket: Bucket) -> None:
+    def _send(self, bucket: B) -> None:
         room = self.max_elems - bucket.layout.numel
         while self._under_way and (
             len(self._under_way) >= MAX_UNDER_WAY or sum(b.layout.numel for b, _ in self._under_way) > room

@@ -117,7 +117,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         inner: torch.optim.Optimizer,
         buckets: list[Bucket],
         mesh: Mesh,
-        reducer: Reducer,
+        reducer: Reducer[Bucket],
         ledger: Ledger,
         scaler: LossScaler | None = None,
         gradient_clipping: float = 0.0,
