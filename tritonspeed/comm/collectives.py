@@ -17,9 +17,12 @@ from torch import Tensor
 
 from tritonspeed.comm.flight import first_difference
 from tritonspeed.comm.mesh import DEFAULT_TIMEOUT_S, Mesh
+from tritonspeed.comm.shared import Block, SharedWindows
 
 _TIMEOUT = timedelta(seconds=DEFAULT_TIMEOUT_S)
 _TAGS = 1 << 20  # p2p tags are reused after this many operations, long after the first has ended
+
+SUM_TILE_ELEMS = 128 * 1024  # 512 KiB of fp32 and the parts' tiles fit a core's second-level cache
 
 # torch 2.13 renamed the single-tensor collectives and warns about the old names
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -37,27 +40,27 @@ class Pending:
     def wait(self) -> None:
         """Block (the host on gloo, the current stream on NCCL) until the result is there."""
         works, finish, self._works, self._finish = self._works, self._finish, [], None
-        if works:
-            with self._mesh.flight.waiting():
-                for work in works:
-                    if self._mesh.backend == "nccl":
-                        work.wait()
-                    else:
-                        work.wait(_TIMEOUT)
-        if finish is not None:
-            finish()
+        if not works and finish is None:
+            return
+        with self._mesh.flight.waiting():
+            for work in works:
+                if self._mesh.backend == "nccl":
+                    work.wait()
+                else:
+                    work.wait(_TIMEOUT)
+            if finish is not None:
+                finish()
 
 
 def _exchange_point_to_point(mesh: Mesh, sends: list[Tensor | None], recvs: list[Tensor | None]) -> list[dist.Work]:
     """Start sending ``sends[r]`` to, and receiving ``recvs[r]`` from, every other rank r. Receives go first."""
     tag = mesh.flight.seq % _TAGS
-    others = [(mesh.rank + step) % mesh.world for step in range(1, mesh.world)]  # each rank starts with another peer
     works = []
-    for rank in others:
+    for rank in _others(mesh):
         tensor = recvs[rank]
         if tensor is not None and tensor.numel():
             works.append(dist.irecv(tensor, src=mesh.global_rank(rank), group=mesh.group, tag=tag))
-    for rank in others:
+    for rank in _others(mesh):
         tensor = sends[rank]
         if tensor is not None and tensor.numel():
             works.append(dist.isend(tensor, dst=mesh.global_rank(rank), group=mesh.group, tag=tag))
@@ -75,6 +78,8 @@ def all_gather_(mesh: Mesh, whole: Tensor, unit: str) -> Pending:
         return Pending(mesh, [])
     mesh.flight.record("all-gather", unit, whole.numel())
     slices = whole.view(mesh.world, -1)
+    if (windows := mesh.windows()) is not None and (block := windows.place(slices[0].nbytes)) is not None:
+        return _gather_shared(mesh, windows, block, slices)
     if mesh.backend == "gloo":
         own = slices[mesh.rank]
         works = _exchange_point_to_point(mesh, [own] * mesh.world, list(slices.unbind()))
@@ -104,6 +109,8 @@ def reduce_scatter(
         mesh.flight.record("reduce-scatter", unit, whole.numel())
     if mesh.world == 1:
         return Pending(mesh, [], lambda: _sum_into(out, [own], accumulate))
+    if (windows := mesh.windows()) is not None and (block := windows.place((mesh.world - 1) * own.nbytes)) is not None:
+        return _reduce_shared(mesh, windows, block, slices, out, accumulate)
     if mesh.backend == "gloo":
         num_elems = (mesh.world - 1) * own.numel()
         received = (scratch(num_elems) if scratch else whole.new_empty(num_elems)).view(mesh.world - 1, -1)
@@ -115,20 +122,71 @@ def reduce_scatter(
     return Pending(mesh, works, lambda: _sum_into(out, [reduced], accumulate))
 
 
+def _gather_shared(mesh: Mesh, windows: SharedWindows, block: Block, slices: Tensor) -> Pending:
+    own = slices[mesh.rank]
+    windows.view(mesh.rank, block, 0, own).copy_(own)
+    windows.post(block)
+
+    def finish() -> None:
+        for peer in _others(mesh):
+            windows.wait_posted(peer, block)
+            slices[peer].copy_(windows.view(peer, block, 0, own))
+        windows.done(block)
+
+    return Pending(mesh, [], finish)
+
+
+def _reduce_shared(
+    mesh: Mesh, windows: SharedWindows, block: Block, slices: Tensor, out: Tensor, accumulate: bool
+) -> Pending:
+    """Each rank posts its slices for the others, rank r's at place r (r - 1 after its own), and adds what stands
+    there."""
+    rank, own = mesh.rank, slices[mesh.rank]
+    for peer in _others(mesh):
+        windows.view(rank, block, (peer - (peer > rank)) * own.nbytes, own).copy_(slices[peer])
+    windows.post(block)
+
+    def finish() -> None:
+        parts = []
+        for peer in range(mesh.world):
+            if peer == rank:
+                parts.append(own)
+            else:
+                windows.wait_posted(peer, block)
+                parts.append(windows.view(peer, block, (rank - (rank > peer)) * own.nbytes, own))
+        _sum_into(out, parts, accumulate)
+        windows.done(block)
+
+    return Pending(mesh, [], finish)
+
+
+def _others(mesh: Mesh) -> list[int]:
+    """The other ranks, each rank beginning with another one."""
+    return [(mesh.rank + step) % mesh.world for step in range(1, mesh.world)]
+
+
 def _sum_into(out: Tensor, parts: list[Tensor], accumulate: bool) -> None:
-    """out (+)= Σ parts, added one after another in out's dtype, so that the order of the ranks decides every bit."""
-    if not accumulate:
-        out.copy_(parts[0])
-        parts = parts[1:]
-        for part in parts:
-            out.add_(part)
-    elif len(parts) == 1:
-        out.add_(parts[0])
-    else:  # the ranks' sum first, then the accumulator: the order does not depend on what was accumulated before
-        total = parts[0].to(out.dtype, copy=True)
-        for part in parts[1:]:
-            total.add_(part)
-        out.add_(total)
+    """out (+)= Σ parts, added one after another in fp32 (or wider), so that the order of the ranks decides every bit.
+
+    On a CPU tile by tile: the tile of ``out`` is still in cache when the next part is added to it.
+    """
+    tile = out.numel() if out.device.type != "cpu" else SUM_TILE_ELEMS
+    for lo in range(0, out.numel(), max(tile, 1)):
+        target, pieces = out[lo : lo + tile], [part[lo : lo + tile] for part in parts]
+        if target.dtype.itemsize < 4 or (accumulate and len(pieces) > 1):
+            # the ranks' sum first, then the accumulator: the order does not depend on what was accumulated before
+            total = pieces[0].to(torch.promote_types(target.dtype, torch.float32), copy=True)
+            for piece in pieces[1:]:
+                total.add_(piece)
+            if accumulate:
+                total.add_(target)
+            target.copy_(total)
+        elif accumulate:
+            target.add_(pieces[0])
+        else:
+            target.copy_(pieces[0])
+            for piece in pieces[1:]:
+                target.add_(piece)
 
 
 def broadcast_(mesh: Mesh, tensor: Tensor, source: int, unit: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tritonspeed.comm.flight import FlightRecorder
+from tritonspeed.comm.shared import SharedWindows, open_windows
 
 DEFAULT_TIMEOUT_S = 600  # a rank that waits longer than this is stuck, not slow
 
@@ -27,6 +28,15 @@ class Mesh:
     backend: str  # "gloo", "nccl", "fake", or "none" for a single process
     group: dist.ProcessGroup | None = None
     flight: FlightRecorder = field(default_factory=FlightRecorder, compare=False)
+    _windows: list[SharedWindows | None] = field(default_factory=list, compare=False, repr=False)
+
+    def windows(self) -> SharedWindows | None:
+        """The memory that CPU ranks of one host share; None elsewhere. The first call is collective."""
+        if self.backend != "gloo" or self.device.type != "cpu":
+            return None
+        if not self._windows:
+            self._windows.append(open_windows(self.rank, self.world, self.group, DEFAULT_TIMEOUT_S))
+        return self._windows[0]
 
     @property
     def is_simulated(self) -> bool:
