@@ -22,6 +22,8 @@ from tritonspeed.zero.tree import map_tensors
 
 log = logging.getLogger("tritonspeed")
 
+_driving: list[Engine] = []  # engines inside ``backward``, which has scaled the loss: the innermost last
+
 
 class Engine(Getters, nn.Module):
     """A sharded model, its optimizer and schedule, stepped together. Made by ``initialize``.
@@ -56,11 +58,13 @@ class Engine(Getters, nn.Module):
         self._micro_batch = config.train_micro_batch_size_per_gpu
         self._boundary: bool | None = None  # set by the caller; None counts micro-steps
         self._syncing = True
-        self._inside_backward = self._loss_was_scaled = False
+        self._loss_was_scaled = False
+        self._applied = False
+        self._num_backwards = 0  # since the last update
         self._losses: list[Tensor] = []
         self._times_ms = dict.fromkeys(("forward", "backward", "step"), 0.0)
         hooks = sharded.hooks
-        hooks.backward_scale, hooks.after_backward = self._scale_output_gradient, self._after_backward
+        hooks.begin_backward, hooks.after_backward = self._begin_backward, self._after_backward
         hooks.on_discard = self._on_discard
         self._plan_sending()
 
@@ -102,33 +106,45 @@ class Engine(Getters, nn.Module):
             The loss as it was differentiated, without the loss scale.
         """
         self._require_optimizer("backward")
+        if loss.numel() != 1:
+            raise ValueError(
+                f"engine.backward() takes a scalar loss, and this one has shape {tuple(loss.shape)}: reduce it first,"
+                " or call loss.backward(gradient) on it"
+            )
         with self._timed("backward"):
-            self._losses.append(loss.detach())
+            # the caller who divides the loss himself gave us a part of it
+            self._losses.append(loss.detach() if scale_wrt_gas else loss.detach() * self._accumulation)
             if scale_wrt_gas and self._accumulation > 1:
                 loss = loss / self._accumulation
-            self._inside_backward = True
+            _driving.append(self)
             try:
                 (loss * self.loss_scale() if self.loss_scale() != 1.0 else loss).backward(retain_graph=retain_graph)
             finally:
-                self._inside_backward = False
+                _driving.pop()
         return loss.detach()
 
-    def _scale_output_gradient(self, gradient: Tensor) -> Tensor | None:
-        """Plain ``loss.backward()``: what ``backward`` does to the loss happens to the gradient of the outputs."""
-        if self._inside_backward:
-            return None
+    def _begin_backward(self) -> float:
+        """What the gradients of the backward that starts now are to be multiplied with.
+
+        1 inside ``backward``, which has scaled the loss. Plain ``loss.backward()`` has not: this does what is left.
+        Where another engine's ``backward`` runs through this one, the loss carries that engine's scale.
+        """
+        self._num_backwards += 1
+        if _driving:
+            return self.loss_scale() / _driving[-1].loss_scale()
         if self.loss_scale() != 1.0 and not self._loss_was_scaled:
             raise ValueError(
                 f"fp16 has a loss scale ({self.loss_scale():g}), and this loss was not multiplied with it: call"
                 " engine.backward(loss), or engine.scale(loss).backward()"
             )
-        return gradient / self._accumulation if self._accumulation > 1 else None
+        return 1.0 / self._accumulation
 
     def _after_backward(self) -> None:
         self._loss_was_scaled = False
 
     def _on_discard(self) -> None:
         self._losses.clear()
+        self._num_backwards = 0
         self.micro_steps -= self.micro_steps % self._accumulation
         self._plan_sending()
         log.warning("the last backward did not finish: the gradients of its step are dropped, and the step starts anew")
@@ -139,6 +155,7 @@ class Engine(Getters, nn.Module):
         A step whose gradients are not finite is skipped on all ranks, said in ``last_step``, and logged.
         """
         self._require_optimizer("step")
+        self._applied = False
         if self.is_gradient_accumulation_boundary():
             with self._timed("step"):
                 self._step(lr_kwargs or {})
@@ -151,12 +168,16 @@ class Engine(Getters, nn.Module):
         self._lr_of_step = [group["lr"] for group in optimizer.param_groups]
         self._scale_of_step = optimizer.loss_scale
         optimizer.step()
+        self._applied = not optimizer.overflow
         if optimizer.overflow:
             self.skipped_steps += 1
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
-        self.global_samples += self.train_batch_size()
+        managed = self.config.managed_gradient_accumulation
+        num_micro = self._accumulation if managed else self._num_backwards
+        self.global_samples += num_micro * self._micro_batch * self.mesh.world
+        self._num_backwards = 0
 
     def _report(self) -> None:
         facts = self._require_optimizer("step").last
@@ -180,11 +201,20 @@ class Engine(Getters, nn.Module):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.mesh.device)
         if self.mesh.rank == 0:
-            every = self.config.steps_per_print
-            if facts.skipped:
-                log.warning("step %d: %s", self.global_steps, facts.reason)
-            elif every and every != float("inf") and self.global_steps % int(every) == 0:
-                log.info("%s", self.last_step)
+            self._log(self.last_step)
+
+    def _log(self, report: StepReport) -> None:
+        """A step that was not finite always; the facts every ``steps_per_print``; the times as often, if they are
+        asked for."""
+        every = self.config.steps_per_print
+        prints = bool(every) and every != float("inf")
+        due = prints and report.step % max(1, int(every or 1)) == 0
+        if report.skipped_reason:
+            log.warning("step %d: %s", report.step, report.skipped_reason)
+        elif due:
+            log.info("%s", report)
+        if self.config.wall_clock_breakdown and (due or not prints):
+            log.info("%s", report.times())
 
     def _mean_loss(self) -> float | None:
         if not self._losses:
@@ -229,7 +259,7 @@ class Engine(Getters, nn.Module):
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch by changing the accumulation; the micro batch stays."""
         per_pass = self._micro_batch * self.mesh.world
-        if train_batch_size % per_pass:
+        if train_batch_size < per_pass or train_batch_size % per_pass:
             raise ValueError(
                 f"train_batch_size {train_batch_size} is not a multiple of micro batch {self._micro_batch} × world"
                 f" {self.mesh.world} = {per_pass}"

@@ -25,8 +25,15 @@ def _short(dtype: object) -> str:
     return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
 
 
+def _gradient(bucket: Bucket, optimizer: ZeroOptimizer | None) -> str:
+    if optimizer is None or not bucket.trainable:
+        return "none"
+    kept = _short(bucket.types.accumulate)
+    return f"{_short(bucket.types.reduce)} sent, {kept} kept" if bucket.types.reduce else kept
+
+
 def explain_plan(sharded: ShardedModel, optimizer: ZeroOptimizer | None) -> str:
-    """One row per bucket: unit, parameters, slice per rank, dtypes, bytes on this rank at rest, gathers.
+    """One row per bucket: unit, parameters, slice per rank, dtypes, bytes on this rank now, gathers.
 
     Args:
         sharded: the model.
@@ -35,13 +42,15 @@ def explain_plan(sharded: ShardedModel, optimizer: ZeroOptimizer | None) -> str:
     stage, mesh = sharded.stage, sharded.mesh
     title = f"ZeRO stage {stage.number} · {mesh.world} rank(s) · {mesh.backend} · {mesh.device} · tier device"
     table = Table(title=title)
-    for name in ("unit", "parameters", "elements", "slice", "compute", "master", "bytes here", "who gathers when"):
+    for name in ("unit", "parameters", "elements", "slice", "compute", "master", "gradient", "bytes here"):
         table.add_column(name, justify="right" if name in ("parameters", "elements", "slice", "bytes here") else "left")
+    table.add_column("who gathers when")
     for bucket in sharded.buckets:
         states = optimizer.state_bytes_of(bucket) if optimizer else 0
         whole = 0 if bucket.frees else bucket.layout.numel * bucket.types.compute.itemsize
         aliased = bucket.master is not None and not bucket.frees and bucket.types.compute == bucket.types.master
-        kept = [t for t in (None if aliased else bucket.master, bucket.shard, bucket.grad) if t is not None]
+        own = (None if aliased else bucket.master, bucket.shard, bucket.grad, bucket.outbox)
+        kept = [t for t in own if t is not None]
         table.add_row(
             bucket.name,
             str(len(bucket.parameters)),
@@ -49,6 +58,7 @@ def explain_plan(sharded: ShardedModel, optimizer: ZeroOptimizer | None) -> str:
             f"{bucket.layout.slice_numel:,}",
             _short(bucket.types.compute),
             _short(bucket.types.master) if bucket.trainable else "frozen",
+            _gradient(bucket, optimizer),
             f"{whole + sum(t.nbytes for t in kept) + states:,}",
             _when(bucket),
         )

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 _NOT_YET = {
     "save_checkpoint": "checkpoints come with the checkpoint work; until then torch.save(engine.module_state_dict())",
     "load_checkpoint": "checkpoints come with the checkpoint work; until then zero.GatheredParameters(modifier_rank=0)",
-    "save_16bit_model": "comes with the checkpoint work; until then torch.save(engine.module_state_dict())",
+    **dict.fromkeys(
+        (
+            "save_16bit_model",
+            "save_fp16_model",
+            "_zero3_consolidated_16bit_state_dict",
+            "_consolidated_16bit_state_dict",
+        ),
+        "comes with the checkpoint work; until then torch.save(engine.module_state_dict())",
+    ),
+    "load_module_state_dict": "comes with the checkpoint work; until then zero.GatheredParameters(modifier_rank=0)",
     "offload_states": "comes with the offload work",
     "reload_states": "comes with the offload work",
     "train_batch": "belongs to the pipeline engine, which is not built: call engine, backward and step",
@@ -36,6 +45,7 @@ class Getters:
     lr_scheduler: Any
     last_step: StepReport | None
     _accumulation: int
+    _applied: bool
     _micro_batch: Any
 
     def _not_here(self, name: str) -> str:
@@ -68,8 +78,8 @@ class Getters:
         return self.last_step.grad_norm if self.last_step else None
 
     def was_step_applied(self) -> bool:
-        """Whether the last boundary updated the parameters rather than skipping an overflow."""
-        return self.last_step is not None and not self.last_step.skipped
+        """Whether the last call of ``step`` updated the parameters: it was a boundary, and did not overflow."""
+        return self._applied
 
     def get_lr(self) -> list[float]:
         """Learning rate of every parameter group now."""

@@ -126,8 +126,10 @@ def _build_optimizer(
 
 
 def _build_scheduler(config: Config, given: Any, optimizer: ZeroOptimizer | None) -> Any:
+    if given is not None and (isinstance(given, type) or not hasattr(given, "step")):
+        return given(optimizer) if optimizer is not None else None  # a schedule of nothing
     if given is not None:
-        return given if hasattr(given, "step") else given(optimizer)
+        return given
     if config.scheduler is None or config.scheduler.type is None or optimizer is None:
         return None
     return build_scheduler(config.scheduler.type, dict(config.scheduler.params or {}), optimizer)

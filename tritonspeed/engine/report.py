@@ -16,7 +16,8 @@ class StepReport:
         lr: learning rate of each parameter group in this step.
         loss_scale: what the losses of this step were multiplied with.
         skipped: a gradient was not finite, so nothing was updated.
-        skipped_reason: in words, with the first parameter it came from.
+        skipped_reason: in words, with the first parameter it came from; said too where the step was applied all the
+            same (``bf16.check_grad_overflow`` false).
         bytes_of: bytes of model state on this rank at rest: parameters, gradients, optimizer, communication.
         peak_bytes: most bytes of model state and communication at any time since the last step; on a GPU the
             allocator's peak, activations included.
@@ -46,3 +47,10 @@ class StepReport:
             parts.append(f"loss scale {self.loss_scale:g}")
         parts.append(f"{self.peak_bytes / 2**20:,.0f} MiB")
         return " · ".join(parts)
+
+    def times(self) -> str:
+        """One line of milliseconds, over all micro-steps of the step."""
+        return (
+            f"step {self.step} · forward {self.forward_ms:.2f} ms · backward {self.backward_ms:.2f} ms"
+            f" · step {self.step_ms:.2f} ms"
+        )

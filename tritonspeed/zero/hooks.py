@@ -71,7 +71,8 @@ class Hooks:
     def __init__(self, model: nn.Module, groups: list[Group], reducer: Reducer, limits: Limits) -> None:
         self.model, self.groups, self.reducer = model, groups, reducer
         self.order = Order([g.num_elems for g in groups], limits)
-        self.backward_scale: Callable[[Tensor], Tensor] | None = None  # the engine's word on gradients of outputs
+        self.begin_backward: Callable[[], float] | None = None  # what gradients are multiplied with
+        self._scale = 1.0
         self.after_backward: Callable[[], None] | None = None
         self.on_discard: Callable[[], None] | None = None  # gradients were dropped: a backward had not finished
         self._handles: list[RemovableHandle] = []
@@ -130,6 +131,8 @@ class Hooks:
             gradient, p.grad = p.grad, None
             assert gradient is not None, "a post-accumulate hook sees a gradient"
             self._open_backward()
+            if self._scale != 1.0:
+                gradient.detach().mul_(self._scale)
             self.reducer.receive(bucket, index, gradient)
 
         return take
@@ -173,21 +176,18 @@ class Hooks:
             is_root = module is self.model and not recomputing
             for tensor in tensors_in(output):
                 if tensor.requires_grad and (group.frees or is_root or elsewhere):
-                    tensor.register_hook(self._entering(group, elsewhere, is_root))
+                    tensor.register_hook(self._entering(group, elsewhere))
         if not self._running and not recomputing and not torch.is_grad_enabled():
             self._sweep("external")
 
-    def _entering(self, group: Group, elsewhere: list[Group], is_root: bool) -> Callable[[Tensor], Tensor | None]:
-        def enter(gradient: Tensor) -> Tensor | None:
+    def _entering(self, group: Group, elsewhere: list[Group]) -> Callable[[Tensor], None]:
+        def enter(_: Tensor) -> None:
             self._open_backward()
             if group.frees and not group.holds["backward"]:
                 self._need(group, "backward")
             for read in elsewhere:
                 if not read.holds["external"]:
                     read.acquire("external")
-            if is_root and self.backward_scale is not None:
-                return self.backward_scale(gradient)
-            return None
 
         return enter
 
@@ -224,6 +224,7 @@ class Hooks:
 
     def _open_backward(self) -> None:
         if not self._backward_open:
+            self._scale = self.begin_backward() if self.begin_backward is not None else 1.0
             self._backward_open = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
