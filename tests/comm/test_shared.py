@@ -14,7 +14,16 @@ import tritonspeed as ts
 from tritonspeed import comm
 from tritonspeed.comm import shared
 
-SIZES = [1, 7, 1000, 65_536, 700_000, 3_000_000]  # elements per rank; the last ones pass the soft end, or do not fit
+SIZES = [
+    1,
+    7,
+    1000,
+    1000,
+    65_536,
+    65_536,
+    300_000,
+    2_500_000,
+]  # elements per rank; some pass the soft end, or do not fit
 
 
 def storm(seed: int, num_operations: int) -> tuple[int, int]:
@@ -56,9 +65,9 @@ def storm(seed: int, num_operations: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_storm_of_collectives_is_exact(ranks, world):
-    counts = ranks(world, storm, world, 150)
+    counts = ranks(world, storm, world, 50)
     assert len(set(counts)) == 1  # every rank decided alike what fits
-    assert counts[0][0] > 50
+    assert counts[0][0] > 25
 
 
 def leftovers() -> list[str]:
