@@ -3,8 +3,9 @@
     python -m bench.systems.compare --peer-python VENV/bin/python [--rounds 3] [--only deepspeed tritonspeed]
 
 VENV is what bench/peers/setup.sh makes. Every round runs every entry once, each round starting with another, each run
-waiting first for an idle machine; the step time is the median over all rounds' steps. Memory comes from one more run
-per entry, under the storage counter. The table lists first the shapes and stages where a peer wins.
+waiting first for an idle machine and repeated when others took it meanwhile; the step time is the median over all
+rounds' steps. Memory comes from one more run per entry, under the storage counter. The table lists first the shapes
+and stages where a peer wins.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.harness import RESULTS, device_name, machine
-from bench.systems.launch import OURS, RunFailed, python_for, run, wait_until_idle
+from bench.systems.launch import OURS, RunFailed, python_for, quiet_run, run
 from bench.systems.model import SHAPES
 
 MIB = 2**20
@@ -44,11 +45,11 @@ ENTRIES = (
     Entry("ddp", 0),
     Entry("ddp", 0, "autocast"),
     Entry("ddp", 1),
-    Entry("deepspeed", 1),
+    Entry("deepspeed", 1, "small-buckets"),
     Entry("fsdp2", 2),
-    Entry("deepspeed", 2),
+    Entry("deepspeed", 2, "small-buckets"),
     Entry("fsdp2", 3),
-    Entry("deepspeed", 3),
+    Entry("deepspeed", 3, "small-buckets"),
     Entry(OURS, 0),
     Entry(OURS, 1),
     Entry(OURS, 2),
@@ -67,7 +68,7 @@ class Row:
     median_s: float
     best_s: float
     steps_s: list[list[float]]
-    idle_before: list[float]
+    others_cores: list[float]
     storage_peak_bytes: int
     resident_peak_bytes: int
     losses: list[float]
@@ -94,7 +95,6 @@ def measure(
 ) -> tuple[list[Row], list[str]]:
     """Rows of one shape, and what failed; an entry that fails once is left out of the table and named."""
     runs: dict[Entry, list[dict[str, Any]]] = {entry: [] for entry in entries}
-    idle: dict[Entry, list[float]] = {entry: [] for entry in entries}
     failures: dict[Entry, str] = {}
     for round_index in range(rounds + 1):  # the last one counts bytes
         counting = round_index == rounds
@@ -102,11 +102,10 @@ def measure(
             entry = entries[(round_index + index) % len(entries)]
             if entry in failures:
                 continue
-            if not counting:
-                idle[entry].append(wait_until_idle())
             arguments = arguments_for(entry, shape, 3 if counting else steps) + (["--memory"] if counting else [])
             try:
-                runs[entry].append(run(python_for(entry.system, peer_python), arguments))
+                launch = run if counting else quiet_run
+                runs[entry].append(launch(python_for(entry.system, peer_python), arguments))
             except RunFailed as error:
                 failures[entry] = str(error)
             else:
@@ -125,7 +124,7 @@ def measure(
                     median_s=statistics.median(every),
                     best_s=min(every),
                     steps_s=[result["step_s"] for result in timed],
-                    idle_before=idle[entry],
+                    others_cores=[result["others_cores"] for result in timed],
                     storage_peak_bytes=counted["storage_peak_bytes"],
                     resident_peak_bytes=max(result["resident_peak_bytes"] for result in timed),
                     losses=timed[0]["losses"],
@@ -138,6 +137,7 @@ def measure(
 
 def _progress(shape: str, entry: Entry, result: dict[str, Any]) -> None:
     took = "counted" if result["step_s"] is None else f"{statistics.median(result['step_s']):.3f} s/step"
+    took += f", others took {result['others_cores']:.2f} cores"
     print(f"{shape} {entry.name}: {took}", file=sys.stderr, flush=True)
 
 

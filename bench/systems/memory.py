@@ -45,17 +45,17 @@ class StoragePeak(TorchDispatchMode):
         self.original_resize = torch.UntypedStorage.resize_
         original = self.original_resize
 
-        def resize_(storage: torch.UntypedStorage, num_bytes: int) -> Any:
-            result = original(storage, num_bytes)
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = original(storage, size)
             self.count_storage(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize_
+        setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010 — its stub says that it never returns
         return super().__enter__()
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         torch.UntypedStorage.resize_ = self.original_resize
-        super().__exit__(*exc)
+        super().__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import time
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def train(args: argparse.Namespace, peak: StoragePeak | None) -> dict[str, Any]:
     trainer = TRAINERS[args.system](model, args.stage, args.precision, args.variant, **extra)
     del model
     seconds, losses, norms = [], [], []
+    first_step_at = 0.0  # seconds since 1970: the launcher knows when it began
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             gc.collect()
@@ -73,12 +75,14 @@ def train(args: argparse.Namespace, peak: StoragePeak | None) -> dict[str, Any]:
         start = time.perf_counter()
         loss, norm = trainer(batch)
         seconds.append(time.perf_counter() - start)
+        first_step_at = first_step_at or time.time()
         losses.append(loss)
         norms.append(norm)
     _, resident_peak = resident_bytes()
     storage = [float(peak.peak_bytes), float(peak.live_bytes)] if peak is not None else [0.0, 0.0]
     storage_peak, storage_live = across_ranks(storage, dist.ReduceOp.MAX)
     return {
+        "first_step_at": first_step_at,
         "num_parameters": num_parameters,
         "world_size": world_size,
         "step_s": None if peak is not None else across_ranks(seconds, dist.ReduceOp.MAX)[args.warmup :],
@@ -105,7 +109,8 @@ def main() -> None:
     else:
         result = train(args, None)
     if dist.get_rank() == 0:
-        print(MARK + json.dumps({**vars(args), **result}), flush=True)
+        package = args.system if args.system in ("deepspeed", "tritonspeed") else "torch"
+        print(MARK + json.dumps({**vars(args), "version": version(package), **result}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -54,7 +54,7 @@ def _ddp_with_masters(model: nn.Module) -> Trainer:
     """bf16 model, bf16 gradients on the wire, fp32 masters and AdamW beside it: the loop a careful user writes."""
     masters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
     wrapped = nn.parallel.DistributedDataParallel(model.bfloat16(), gradient_as_bucket_view=True)
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.AdamW(masters, fused=True, **ADAMW)
 
     def step(tokens: Tensor) -> tuple[float, float]:
@@ -82,6 +82,7 @@ def fsdp2(model: nn.Module, stage: int, precision: str, variant: str) -> Trainer
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
 
     low = torch.bfloat16 if precision == "bf16" else None
     reduce = torch.float32 if variant == "fp32-reduce" else low
@@ -90,7 +91,7 @@ def fsdp2(model: nn.Module, stage: int, precision: str, variant: str) -> Trainer
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce),
         "reshard_after_forward": stage == 3,
     }
-    for block in model.blocks:
+    for block in model.get_submodule("blocks").children():
         fully_shard(block, **options)
     fully_shard(model, **options)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
@@ -99,6 +100,7 @@ def fsdp2(model: nn.Module, stage: int, precision: str, variant: str) -> Trainer
         loss = model(tokens)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=True)
+        assert isinstance(norm, DTensor), "the norm of sharded gradients is sharded too"
         optimizer.step()
         optimizer.zero_grad()
         return loss.item(), norm.full_tensor().item()

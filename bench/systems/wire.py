@@ -79,6 +79,7 @@ def token() -> None:
     works = [dist.irecv(received[peer : peer + 1], peer) for peer in others]
     works += [dist.isend(sent, peer) for peer in others]
     for work in works:
+        assert work is not None, "every rank is in the default group"
         work.wait()
 
 
@@ -91,7 +92,7 @@ def sum_into_(out: torch.Tensor, parts: list[torch.Tensor]) -> None:
             tile.add_(part[start : start + SUM_TILE_ELEMS])
 
 
-def lanes(num_elems: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+def lanes(num_elems: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Name -> one round of the exchange, on buffers allocated once."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shard_elems = num_elems // world_size
