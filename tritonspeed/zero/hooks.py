@@ -240,6 +240,7 @@ class Hooks:
         self._sweep("backward", "external", *(() if self._running else ("forward",)))
         if self.after_backward is not None:
             self.after_backward()
+        self.reducer.check_all_used()
 
     def _sweep(self, *reasons: str) -> None:
         """End every hold for ``reasons`` and free whatever nobody holds: units fetched ahead in vain among them."""

@@ -141,6 +141,12 @@ class ShardedModel:
         self.hooks.remove()
         for group in self.groups:
             group.acquire("destroyed")
+            group.forget()
+        if self.model.__dict__.get("_tritonspeed") is self:
+            del self.model.__dict__["_tritonspeed"]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copied or pickled model is an ordinary one: see ``guard``
 
 
 def shard(
