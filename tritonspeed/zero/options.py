@@ -30,6 +30,7 @@ class ShardOptions:
         wire: dtype gradients travel in; None is their own. Sums are fp32 whatever it is.
         average: divide the sum over the ranks by their number.
         check_overflow: skip a step whose gradient is not finite.
+        ignore_unused_parameters: a trainable parameter without a gradient counts as zero; False makes it an error.
     """
 
     overlap: bool = True
@@ -42,6 +43,7 @@ class ShardOptions:
     wire: torch.dtype | None = None
     average: bool = True
     check_overflow: bool = True
+    ignore_unused_parameters: bool = True
 
     @classmethod
     def from_config(cls, config: Config, policy: Policy) -> ShardOptions:
@@ -59,4 +61,5 @@ class ShardOptions:
             wire=policy.reduce if config.communication_data_type is not None else None,
             average=config.gradient_allreduce_op == "mean",
             check_overflow=config.bf16.check_grad_overflow if config.bf16.enabled else True,
+            ignore_unused_parameters=zero.ignore_unused_parameters,
         )

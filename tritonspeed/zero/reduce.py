@@ -74,6 +74,8 @@ class Reducer(Generic[B]):
         self.shards_gradients = shards_gradients
         self.num_accumulated = 1  # micro-steps per step: more than one makes stages 0, 1 accumulate before sending
         self.sending = True  # False within an accumulation (stages 0, 1) and under no_sync
+        self.requires_all = False  # a parameter without a gradient is an error (``ignore_unused_parameters`` false)
+        self._used: set[tuple[int, int]] = set()  # (bucket, parameter), while ``requires_all`` counts them
         self._held_back = False  # some backward of this step did not send
         self._position = {id(b): i for i, b in enumerate(buckets)}
         self._counts_leaving = any(b.frees for b in buckets)  # what completes a bucket: see the module's docstring
@@ -97,6 +99,8 @@ class Reducer(Generic[B]):
 
     def receive(self, bucket: B, index: int, gradient: Any) -> None:
         """One parameter's gradient has been computed."""
+        if self.requires_all:
+            self._used.add((id(bucket), index))
         bucket.receive(index, gradient, self._accumulates)
         if not self._counts_leaving:
             self._count(bucket)
@@ -126,6 +130,24 @@ class Reducer(Generic[B]):
         self._arrived = [0] * len(self.buckets)
         self._next = 0
 
+    def check_all_used(self) -> None:
+        """Where ``requires_all``: every parameter has had a gradient since the last time gradients left.
+
+        Raises:
+            ValueError: naming the first that has not. All that there is has left by then: ranks stay in step.
+        """
+        if not (self.requires_all and self.sending):
+            return
+        used, self._used = self._used, set()
+        spans = [(id(b), i, s) for b in self.buckets for i, s in enumerate(b.layout.spans)]
+        unused = [span.name for bucket, i, span in spans if (bucket, i) not in used]
+        if unused:
+            raise ValueError(
+                f"{len(unused)} trainable parameter(s) had no part in the loss, the first is {unused[0]!r}, and"
+                " zero_optimization.ignore_unused_parameters is false: set it to true (the default; they then count as"
+                " gradients of zero), freeze them, or use them"
+            )
+
     def flush(self) -> None:
         """Send everything that is held back, on every rank alike: late gradients, an accumulation cut short."""
         for bucket in self.buckets:
@@ -137,6 +159,7 @@ class Reducer(Generic[B]):
         self._drain(0)
         self._arrived = [0] * len(self.buckets)
         self._next = 0
+        self._used.clear()
         for bucket in self.buckets:
             bucket.drop_grad()
 

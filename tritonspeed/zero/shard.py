@@ -63,6 +63,7 @@ class ShardedModel:
         self.reducer = Reducer(
             trainable, self.options.overlap, self.options.reduce_bucket_size, self.stage.shards_gradients
         )
+        self.reducer.requires_all = not self.options.ignore_unused_parameters
         self.hooks = Hooks(model, self.groups, self.reducer, self.options.limits)
         for group in self.groups:
             group.reshard()

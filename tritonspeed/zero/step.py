@@ -30,6 +30,7 @@ from tritonspeed.zero.group import place_of
 from tritonspeed.zero.layout import runs
 from tritonspeed.zero.reduce import Reducer
 
+_UNCHECKED = "gradient not finite, first in {!r}: applied all the same, as bf16.check_grad_overflow is false"
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed: keeps a zero norm from dividing
 
 
@@ -65,7 +66,8 @@ class StepFacts:
     Attributes:
         grad_norm: global norm of the averaged, unscaled gradient before clipping; not finite on an overflow.
         skipped: nothing was updated.
-        reason: why, in words, with the first parameter whose gradient is not finite.
+        reason: why, in words, with the first parameter whose gradient is not finite; there too when the step was
+            applied all the same, because nobody checks.
         scale: what the loss scaler made of it.
     """
 
@@ -184,7 +186,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if self.gradient_clipping > 0 and norm > self.gradient_clipping:
                 coefficient *= self.gradient_clipping / (norm + CLIP_EPS)
             self._update(coefficient)
-            self.last = StepFacts(norm, False, None, self.scaler.update(False))
+            self.last = StepFacts(norm, False, not_finite and _UNCHECKED.format(not_finite), self.scaler.update(False))
         self.overflow = self.last.skipped
         self.zero_grad()
         return None
@@ -247,6 +249,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             pending.wait()
         for bucket in self.buckets:
             bucket.renew()
+        self.inner._opt_called = True  # what torch's schedulers ask, to warn of a wrong order of calls
         self._count_state()
 
     def state_views(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Tensor, int]]:
