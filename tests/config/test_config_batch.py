@@ -14,7 +14,7 @@ small = st.integers(1, 64)
 def test_any_two_give_the_third(micro, accumulation, world_size, hidden):
     full = [micro * accumulation * world_size, micro, accumulation]
     known = [None if index == hidden else value for index, value in enumerate(full)]
-    assert solve(*known, world_size, default=False) == Triad(*full)
+    assert solve(*known, world_size=world_size, default=False) == Triad(*full)
 
 
 @given(train=st.integers(1, 4096), micro=small, accumulation=small, world_size=small)
@@ -36,13 +36,13 @@ def test_an_indivisible_batch_names_sizes_that_would_do(train, factor, world_siz
     known = (train, factor, None) if by_micro else (train, None, factor)
     step = factor * world_size
     if train % step == 0:
-        triad = solve(*known, world_size, default=False)
+        triad = solve(*known, world_size=world_size, default=False)
         assert triad.train == train == triad.micro * triad.accumulation * world_size
         return
     with pytest.raises(
         ValueError, match=f"{train} is not a multiple of .* {factor} × world {world_size} = {step}"
     ) as caught:
-        solve(*known, world_size, default=False)
+        solve(*known, world_size=world_size, default=False)
     offered = [int(word) for word in str(caught.value).partition("set it to ")[2].split(" or ")]
     for size in offered:
         assert solve(size, *known[1:], world_size, default=False).train == size

@@ -171,9 +171,11 @@ def test_stochastic_rounding_keeps_what_nearest_loses(device: torch.device) -> N
     options = {"lr": lr, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
     for step in range(1, 501 if not INTERPRETED else 26):
         for copy, seed in ((nearest, None), (random, step)):
-            master, moments = copy.float(), torch.zeros(2, n, device=device)
+            master, (exp_avg, exp_avg_sq) = copy.float(), torch.zeros(2, n, device=device)
             grad = torch.full((n,), -1.0, device=device)
-            adamw_(master, *moments, grad, step=step, param_out=copy, stochastic_rounding_seed=seed, **options)
+            adamw_(
+                master, exp_avg, exp_avg_sq, grad, step=step, param_out=copy, stochastic_rounding_seed=seed, **options
+            )
     assert (nearest == 1).all()
     drift = (random.double().mean().item() - 1) / (lr * step)
     assert abs(drift - 1) < 5 * (100 / step) ** 0.5 / n**0.5  # n walks of `step` coins that fall up once in a hundred

@@ -77,7 +77,7 @@ def sharded_training(
     given: dict[str, Any] | None = None,
     make: Callable[[], nn.Module] = Net,
     optimizer: str = "ours",
-) -> tuple[list[float], list[float], dict[str, Tensor]]:
+) -> tuple[list[float], list[float], dict[str, Tensor | None]]:
     """What ``plain_training`` returns, of this rank in a sharded run (losses are the mean over ranks)."""
     torch.manual_seed(0)
     model = make()

@@ -1,4 +1,4 @@
-"""Memory is an equation: what `estimate` says, what the ledger counted, and what storages really hold, are one number."""
+"""Memory is an equation: what `estimate` says, what the ledger counts and what storages hold are one number."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self.engine, self.peak_bytes = engine, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.peak_bytes = max(self.peak_bytes, storage_bytes(self.engine))
         return result
@@ -56,6 +56,7 @@ def measure(settings: dict) -> tuple[dict, dict, int, int]:
     """(rest, peak by category, storages at rest, storages at their highest) of the fourth step on this rank."""
     engine, *_ = ts.initialize(model=model(), config=settings)
     watch = Storages(engine)
+    peak: dict[str, int] = {}
     for step in range(4):
         for micro in range(engine.gradient_accumulation_steps()):
             tokens = batch(dist.get_rank(), 10 * step + micro, vocab=211)

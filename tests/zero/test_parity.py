@@ -11,8 +11,8 @@ from models import Net
 
 STEPS = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The optimizer is linear (SGD with momentum), so that an error in a gradient shows as an error of its own size; AdamW, which
-# divides by √v and may turn the sign of a rounding into a whole step, is held to losses alone below.
+# The optimizer is linear (SGD with momentum), so that an error in a gradient shows as an error of its own size; AdamW,
+# which divides by √v and may turn the sign of a rounding into a whole step, is held to losses alone below.
 MASTER_ATOL = {"fp32": 2e-6, "bf16": 1e-3, "fp16": 1e-4}
 LOSS_RTOL = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-4}
 

@@ -8,7 +8,7 @@ cores, and the fixed order is what makes every ZeRO stage give the same bits. NC
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -52,19 +52,17 @@ class Pending:
                 finish()
 
 
-def _exchange_point_to_point(mesh: Mesh, sends: list[Tensor | None], recvs: list[Tensor | None]) -> list[dist.Work]:
+def _exchange_point_to_point(mesh: Mesh, sends: Sequence[Tensor], recvs: Sequence[Tensor]) -> list[dist.Work]:
     """Start sending ``sends[r]`` to, and receiving ``recvs[r]`` from, every other rank r. Receives go first."""
     tag = mesh.flight.seq % _TAGS
     works = []
     for rank in _others(mesh):
-        tensor = recvs[rank]
-        if tensor is not None and tensor.numel():
-            works.append(dist.irecv(tensor, src=mesh.global_rank(rank), group=mesh.group, tag=tag))
+        if recvs[rank].numel():
+            works.append(dist.irecv(recvs[rank], src=mesh.global_rank(rank), group=mesh.group, tag=tag))
     for rank in _others(mesh):
-        tensor = sends[rank]
-        if tensor is not None and tensor.numel():
-            works.append(dist.isend(tensor, dst=mesh.global_rank(rank), group=mesh.group, tag=tag))
-    return works
+        if sends[rank].numel():
+            works.append(dist.isend(sends[rank], dst=mesh.global_rank(rank), group=mesh.group, tag=tag))
+    return [work for work in works if work is not None]  # None is for those outside the group, where nobody is
 
 
 def all_gather_(mesh: Mesh, whole: Tensor, unit: str) -> Pending:

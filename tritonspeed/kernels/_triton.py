@@ -25,7 +25,7 @@ else:
         HAS_TRITON = True
     except ImportError:
 
-        def _leave_undefined(kernel=None, **options):
+        def _leave_undefined(kernel=None, **options: object):
             return kernel if kernel is not None else _leave_undefined
 
         HAS_TRITON = False
