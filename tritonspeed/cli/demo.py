@@ -98,7 +98,7 @@ def _report(summary: dict[str, Any]) -> None:
     before, after = summary["held_out_loss"]["before"], summary["held_out_loss"]["after"]
     sample = summary["sample"]
     out.print(
-        f"\n{summary['steps']} steps, {summary['tokens'] / 1e6:.2f} M bytes read, in"
+        f"\n{summary['steps']} steps, {summary['tokens']:,} bytes read, in"
         f" {summary['training_seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s on {ranks(summary['ranks'])}\n"
         f"held-out loss {before:.3f} before, {after:.3f} after (nats per byte; guessing is 5.545)\n"
     )
@@ -110,13 +110,7 @@ def _stage_table(summary: dict[str, Any]) -> Table:
     losses = [row["losses"] for row in summary["stages"]]
     same = "the same to the last bit at every stage" if losses.count(losses[0]) == len(losses) else "NOT the same bits"
     table = Table(title=f"bytes of model state per rank, {ranks(summary['ranks'])}: measured / computed")
-    for name in (
-        "ZeRO stage",
-        "between steps",
-        "at the peak of a step",
-        "loss after 6 micro-steps",
-        "ms per micro-step",
-    ):
+    for name in ("ZeRO stage", "between steps", "at the peak of a step", "loss after a few steps"):
         table.add_column(name, justify="right")
     for row in summary["stages"]:
         cells = []

@@ -118,7 +118,7 @@ def draw_bytes(folder: Path, path: Path) -> None:
             weight="bold",
         )
         figure.supxlabel(
-            "measured: every allocation of model state counted · computed: by the estimate, before anything ran · without activations",
+            "measured: allocations of model state, counted · computed: by the estimate, beforehand · no activations",
             fontsize=8.5,
             color="#6b7280",
         )

@@ -13,18 +13,18 @@ from torch import Tensor
 
 MOST_BYTES = 8_000_000  # several times what the demo reads in its minutes; more would only take longer to load
 LEAST_BYTES = 1_000  # to train on, and held out: a few windows
-HELD_OUT_EVERY = 10  # each tenth file, or the last tenth of a single one
-_NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+HELD_OUT_EVERY = 10  # each tenth file; of fewer files than that, the last tenth of all
+_NOT_SOURCES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes never trained on, uint8 [n]; ``name`` says where they are from."""
+    """Bytes to train on and bytes never trained on, uint8 [n]; ``name`` says where they are from, ``prompt`` is what a
+    sample begins with."""
 
     name: str
     train: Tensor
     held_out: Tensor
-    num_files: int
     prompt: bytes
 
 
@@ -42,25 +42,27 @@ def load_corpus(path: str | None) -> Corpus:
         raise ValueError(f"--data {path}: there is no such file or folder in {Path.cwd()}")
     if root.is_file():
         files = [root.read_bytes()[:MOST_BYTES]]
-        cut = len(files[0]) - len(files[0]) // HELD_OUT_EVERY
-        parts = [files[0][:cut]], [files[0][cut:]]
     else:
-        files = list(_read_some(_text_files(root, "*.py" if path is None else "*")))
-        held_out = files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        parts = [text for i, text in enumerate(files) if (i + 1) % HELD_OUT_EVERY], held_out
-    train, held_out_bytes = (b"\n".join(part) for part in parts)
-    short = min(len(train), len(held_out_bytes))
+        pattern, without = ("*.py", _NOT_SOURCES) if path is None else ("*", frozenset())
+        files = list(_read_some(_shuffled(root, pattern, without)))
+    if len(files) < HELD_OUT_EVERY:
+        text = b"\n".join(files)
+        cut = len(text) - len(text) // HELD_OUT_EVERY
+        train, held_out = text[:cut], text[cut:]
+    else:
+        train = b"\n".join(text for i, text in enumerate(files) if (i + 1) % HELD_OUT_EVERY)
+        held_out = b"\n".join(files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    short = min(len(train), len(held_out))
     if short < LEAST_BYTES:
         raise ValueError(
-            f"{root} has {len(files)} text file(s): {len(train):,} bytes to train on and {len(held_out_bytes):,} held"
-            f" out (a tenth), and each must be at least {LEAST_BYTES:,}: name a larger text with --data"
+            f"{root} has {len(files)} text file(s), {len(train):,} bytes to train on and {len(held_out):,} held"
+            f" out, and each must be at least {LEAST_BYTES:,}: name a larger text with --data"
         )
     return Corpus(
         name="the Python standard library" if path is None else str(path),
         train=_as_tensor(train),
-        held_out=_as_tensor(held_out_bytes),
-        num_files=len(files),
-        prompt=b"def " if path is None else held_out_bytes[:32],
+        held_out=_as_tensor(held_out),
+        prompt=b"def " if path is None else held_out[:32],
     )
 
 
@@ -68,11 +70,16 @@ def _as_tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def _text_files(root: Path, pattern: str) -> list[Path]:
-    """Files under ``root``, in an order that mixes folders and is the same everywhere."""
-    files = sorted(p for p in root.rglob(pattern) if not _NOT_SOURCES.intersection(p.relative_to(root).parts[:-1]))
-    random.Random(0).shuffle(files)
-    return files
+def _shuffled(root: Path, pattern: str, without: frozenset[str]) -> list[Path]:
+    """Files under ``root`` that are in no folder named in ``without``, nor in a hidden one; in an order that mixes
+    folders and is the same everywhere."""
+    found = []
+    for path in sorted(root.rglob(pattern)):
+        folders = path.relative_to(root).parts[:-1]
+        if not without.intersection(folders) and not any(folder.startswith(".") for folder in folders):
+            found.append(path)
+    random.Random(0).shuffle(found)
+    return found
 
 
 def _read_some(files: list[Path]) -> Iterator[bytes]:

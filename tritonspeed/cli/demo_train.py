@@ -29,7 +29,7 @@ from tritonspeed.config.keys import replace_at
 from tritonspeed.zero.stages import STAGES
 
 NUM_EVALUATIONS = 8  # while training, besides the one before it; closer together where the loss falls fastest
-HELD_OUT_ROWS = 256
+HELD_OUT_ROWS = 128
 ROWS_AT_ONCE = 32
 SAMPLE_BYTES = 240
 TEMPERATURE = 0.7
@@ -125,8 +125,8 @@ class Training:
         console().print(
             f"model     a byte-level GPT of {self.computed.num_parameters / 1e6:.1f} M parameters in {dtype}, under"
             f" ZeRO-{self.computed.stage} on {ranks(self.mesh.world)}, {where}\n"
-            f"text      {self.corpus.name}: {len(self.corpus.train) / 1e6:.1f} MB, and"
-            f" {len(self.corpus.held_out) / 1e6:.1f} MB held out\n"
+            f"text      {self.corpus.name}: {len(self.corpus.train):,} bytes, and"
+            f" {len(self.corpus.held_out):,} held out\n"
             f"training  {self.num_steps} steps of {self.tokens_per_step:,} bytes{remark}\n"
             f"memory    {mib(self.computed.total_peak_bytes)} of model state per rank at the peak of a step, computed\n"
         )
