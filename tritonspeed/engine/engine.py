@@ -77,6 +77,12 @@ class Engine(Getters, nn.Module):
                 return getattr(module, name)
             raise AttributeError(self._not_here(name)) from None
 
+    def __reduce__(self) -> Any:
+        raise ValueError(
+            "an engine cannot be copied or pickled: it is one of several ranks' that train together. Copy the model"
+            " before initialize(), or save engine.module_state_dict()"
+        )
+
     # forward, backward, step
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from weakref import ref
 
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonspeed.zero.bucket import Bucket, ShardState
 
-_group_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> (Group, Bucket, index in bucket)
+# Parameter -> weak references to its Group and Bucket, and its number there. Weak, because a bucket holds its
+# parameters, and a value that holds its key never goes. Whoever made the group keeps it.
+_group_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Group:
@@ -33,9 +37,10 @@ class Group:
         self.num_elems = sum(b.layout.numel for b in buckets if b.frees)
         self.frees = any(b.frees for b in buckets)
         self.is_whole = True  # kept by wait and reshard
+        self.keeper: RemovableHandle | None = None  # what holds it where no sharded model does: until it is empty
         for bucket in buckets:
             for i, p in enumerate(bucket.parameters):
-                _group_of[p] = (self, bucket, i)
+                _group_of[p] = (ref(self), ref(bucket), i)
 
     @property
     def is_sharded(self) -> bool:
@@ -65,11 +70,19 @@ class Group:
         else:
             self.holds[reason] -= 1
 
+    def forget(self) -> None:
+        """Manage these parameters no longer; they stay as they are."""
+        for bucket in self.buckets:
+            for p in bucket.parameters:
+                _group_of.pop(p, None)
+
     def disown(self, parameters: list[Parameter]) -> None:
         """Leave these parameters to the group that has taken them over."""
         for bucket in self.buckets:
             bucket.disown(parameters)
         self.buckets = [b for b in self.buckets if b.parameters]
+        if not self.buckets and self.keeper is not None:
+            self.keeper.remove()
 
     def reshard(self) -> None:
         """Free the parameters, unless somebody still holds them."""
@@ -82,7 +95,7 @@ class Group:
 def group_of(p: torch.Tensor) -> Group | None:
     """The unit that ``p`` belongs to; None for a parameter that is not sharded by anyone."""
     found = _group_of.get(p)
-    return found[0] if found else None
+    return found[0]() if found else None
 
 
 def place_of(p: torch.Tensor) -> tuple[Group, Bucket, int]:
@@ -92,12 +105,13 @@ def place_of(p: torch.Tensor) -> tuple[Group, Bucket, int]:
         ValueError: p is not managed.
     """
     found = _group_of.get(p)
-    if found is None:
+    group, bucket = (found[0](), found[1]()) if found else (None, None)
+    if found is None or group is None or bucket is None:
         raise ValueError(
             f"a parameter of shape {tuple(p.shape)} is not managed by ZeRO: pass parameters of the model that was"
             " given to initialize() or zero.shard()"
         )
-    return found
+    return group, bucket, found[2]
 
 
 def groups_of(parameters: list[Parameter]) -> list[Group]:

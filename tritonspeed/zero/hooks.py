@@ -9,24 +9,22 @@
 The hooks sit on modules, not on the engine, so ``model(...)``, ``model.encoder(...)`` and ``generate`` work as they
 are.
 Recomputation inside backward (activation checkpointing, reentrant or not) finds its unit whole, or makes it so.
-[Note: reading a parameter from elsewhere] A fused head reads ``lm_head.weight`` without calling ``lm_head``. The
-modules'
-``_parameters`` are dictionaries that make the unit whole on such a read while a forward or backward is under way, and
-keep it until that ends. Its backward may come after another one, or after a forward under no_grad, that ended the hold:
-so it is made whole again where backward reaches the module that was running when it was read.
+What a module shows of its parameters between those events is ``guard``'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from tritonspeed.zero.group import Group, group_of
+from tritonspeed.zero.bucket import Bucket
+from tritonspeed.zero.group import Group
+from tritonspeed.zero.guard import GuardedParameters, ModuleHook, hide_sharded, keep_loaded, refuse_sharded
 from tritonspeed.zero.order import Limits, Order
 from tritonspeed.zero.reduce import Reducer
 from tritonspeed.zero.tree import map_tensors, tensors_in
@@ -35,27 +33,6 @@ from tritonspeed.zero.tree import map_tensors, tensors_in
 def in_backward() -> bool:
     """Whether this thread runs inside an autograd backward."""
     return torch._C._current_graph_task_id() != -1
-
-
-class GuardedParameters(dict):
-    """A module's ``_parameters``: see [Note: reading a parameter from elsewhere]."""
-
-    __slots__ = ("_groups", "_read")
-
-    def __init__(self, parameters: dict[str, Parameter | None], read: Callable[[Group], None]) -> None:
-        super().__init__(parameters)
-        groups = {name: group_of(p) for name, p in parameters.items() if p is not None}
-        self._groups = {name: group for name, group in groups.items() if group is not None and group.frees}
-        self._read = read
-
-    def __getitem__(self, name: str) -> Parameter | None:
-        group = self._groups.get(name)
-        if group is not None and "forward" not in group.holds:  # its own module's forward reads without a detour
-            self._read(group)
-        return super().__getitem__(name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self.items()),)  # a copied or pickled module is an ordinary one
 
 
 class Hooks:
@@ -68,7 +45,7 @@ class Hooks:
         limits: how far to fetch ahead and what to keep.
     """
 
-    def __init__(self, model: nn.Module, groups: list[Group], reducer: Reducer, limits: Limits) -> None:
+    def __init__(self, model: nn.Module, groups: list[Group], reducer: Reducer[Bucket], limits: Limits) -> None:
         self.model, self.groups, self.reducer = model, groups, reducer
         self.order = Order([g.num_elems for g in groups], limits)
         self.begin_backward: Callable[[], float] | None = None  # what gradients are multiplied with
@@ -100,9 +77,12 @@ class Hooks:
                 if bucket.trainable:
                     for i, p in enumerate(bucket.parameters):
                         self._handles.append(p.register_post_accumulate_grad_hook(self._taker(bucket, i)))
-        if frees:
-            for module in self.model.modules():
-                if module._parameters and type(module._parameters) is dict:
+        for module in self.model.modules():
+            if module._parameters:
+                self._handles.append(module.register_state_dict_post_hook(hide_sharded))
+                self._handles.append(module.register_load_state_dict_pre_hook(refuse_sharded))
+                self._handles.append(module.register_load_state_dict_post_hook(keep_loaded))
+                if frees and type(module._parameters) is dict:
                     module.__dict__["_parameters"] = GuardedParameters(module._parameters, self._read)
                     self._guarded.append(module)
 
@@ -111,7 +91,7 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         for module in self._guarded:
-            module.__dict__["_parameters"] = dict(module._parameters.items())
+            module.__dict__["_parameters"] = dict(dict.items(module._parameters))
         self._handles, self._guarded, self._installed = [], [], False
 
     def _hook_module(self, module: nn.Module, group: Group) -> None:
@@ -123,17 +103,23 @@ class Hooks:
         def post_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return self._post_forward(group, module, output)
 
-        self._handles.append(module.register_forward_pre_hook(pre_forward, prepend=True, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(post_forward, always_call=True))
+        pre, post = ModuleHook(pre_forward), ModuleHook(post_forward)
+        self._handles.append(module.register_forward_pre_hook(pre, prepend=True, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(post, always_call=True))
 
-    def _taker(self, bucket: Any, index: int) -> Callable[[Tensor], None]:
+    def _taker(self, bucket: Bucket, index: int) -> Callable[[Tensor], None]:
+        # Weak, because what a parameter's hook holds is out of the garbage collector's sight, and we hold the parameter
+        hooks, home = ref(self), ref(bucket)
+
         def take(p: Tensor) -> None:
             gradient, p.grad = p.grad, None
             assert gradient is not None, "a post-accumulate hook sees a gradient"
-            self._open_backward()
-            if self._scale != 1.0:
-                gradient.detach().mul_(self._scale)
-            self.reducer.receive(bucket, index, gradient)
+            ours, place = hooks(), home()
+            if ours is not None and place is not None:
+                ours._open_backward()
+                if ours._scale != 1.0:
+                    gradient.detach().mul_(ours._scale)
+                ours.reducer.receive(place, index, gradient)
 
         return take
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from torch.nn import Parameter
 from tritonspeed import comm
 from tritonspeed.zero.bucket import Bucket, Ledger
 from tritonspeed.zero.group import Group, group_of
-from tritonspeed.zero.hooks import GuardedParameters
+from tritonspeed.zero.guard import GATHER_FIRST, GuardedParameters
 from tritonspeed.zero.layout import lay_out
 from tritonspeed.zero.plan import BucketPlan, BucketTypes
 from tritonspeed.zero.stages import stage_of
@@ -54,6 +55,30 @@ class BuildingParameters(GuardedParameters):
     def values(self) -> Any:
         self._read_all()
         return super().values()
+
+
+class Unready:
+    """Pre-hook of a module whose parameters ``zero.Init`` has cut: keeps their parts alive, and refuses its forward.
+
+    It goes when a sharded model takes the parameters over.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        mine = any(p is not None and group_of(p) is self.group for p in dict.values(module._parameters))
+        if mine and not self.group.is_whole:
+            raise ValueError(
+                f"{type(module).__name__} was built under zero.Init and nobody gathers its parameters yet: pass the"
+                " model to initialize() or zero.shard() first, or enter ts.zero.GatheredParameters(model.parameters())"
+            )
+
+    def __reduce__(self) -> Any:
+        raise ValueError(
+            "a model built under zero.Init is sharded over the ranks and cannot be copied or pickled: copy it before,"
+            f" or read its values {GATHER_FIRST}"
+        )
 
 
 class Init:
@@ -88,6 +113,7 @@ class Init:
         self.ledger = Ledger()
         self._open: list[Group] = []
         self._guarded: list[nn.Module] = []
+        self._made: list[ref[Group]] = []
         self._handle: Any = None
         self._count = 0
         if module is not None and enabled:
@@ -119,7 +145,7 @@ class Init:
         for owner in module.modules():
             parameters = [p for p in dict.values(owner._parameters) if p is not None]
             fresh = [p for p in parameters if group_of(p) is None and p.device.type != "meta" and p.is_floating_point()]
-            for kind in {(p.dtype, p.requires_grad) for p in fresh}:
+            for kind in dict.fromkeys((p.dtype, p.requires_grad) for p in fresh):  # in one order on every rank
                 self._shard(owner, [p for p in fresh if (p.dtype, p.requires_grad) == kind])
             if fresh:
                 owner.__dict__["_parameters"] = BuildingParameters(dict(dict.items(owner._parameters)), self._read)
@@ -138,7 +164,10 @@ class Init:
             persistent=False,
         )
         bucket = Bucket(plan, self.mesh, stage_of(3), self.ledger)
-        Group(self._count, name, [bucket], [owner]).reshard()
+        group = Group(self._count, name, [bucket], [owner])
+        group.keeper = owner.register_forward_pre_hook(Unready(group), prepend=True)
+        group.reshard()
+        self._made.append(ref(group))
 
     def _read(self, group: Group) -> None:
         if _active is self and not group.is_whole:
@@ -165,7 +194,10 @@ class Init:
     def _unguard(self) -> None:
         for module in self._guarded:
             module.__dict__["_parameters"] = dict(dict.items(module._parameters))
-        self._guarded = []
+        kept = {id(p) for module in self._guarded for p in module._parameters.values()}
+        for group in filter(None, (made() for made in self._made)):  # what constructors replaced: tied weights
+            group.disown([p for bucket in group.buckets for p in bucket.parameters if id(p) not in kept])
+        self._guarded, self._made = [], []
 
 
 def _owners(model: nn.Module, parameters: Iterable[Parameter]) -> Iterator[nn.Module]:
@@ -195,9 +227,17 @@ def materialise(model: nn.Module, parameters: list[Parameter]) -> None:
                 f"{type(owner).__name__} has parameters on the meta device and no reset_parameters() to give them"
                 " values: define it, build the model under ts.zero.Init() instead, or load a checkpoint first"
             )
-        for p in [p for p in dict.values(owner._parameters) if p is not None and p.device.type == "meta"]:
+        own = [p for p in dict.values(owner._parameters) if p is not None]
+        fresh = [p for p in own if p.device.type == "meta"]
+        if not fresh:
+            continue  # a head tied to an embedding that has come before
+        values = [(p, p.detach().clone()) for p in own if p.device.type != "meta"]
+        for p in fresh:
             torch.utils.swap_tensors(p, Parameter(torch.empty_like(p, device="cpu"), requires_grad=p.requires_grad))
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.device.type == "meta":
                 setattr(owner, name, torch.empty_like(buffer, device="cpu"))
         reset()
+        with torch.no_grad():
+            for p, value in values:
+                p.copy_(value)
