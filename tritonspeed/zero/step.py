@@ -249,7 +249,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             pending.wait()
         for bucket in self.buckets:
             bucket.renew()
-        self.inner._opt_called = True  # what torch's schedulers ask, to warn of a wrong order of calls
+        self.inner.__dict__["_opt_called"] = True  # what torch's schedulers ask, to warn of a wrong order of calls
         self._count_state()
 
     def state_views(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Tensor, int]]:
