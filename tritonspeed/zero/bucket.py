@@ -137,8 +137,9 @@ class Bucket:
         self._views = [self.whole[s.offset : s.end].view(s.shape) for s in self.layout.spans]
         self._show(self._views)
         # true shapes without memory: one NaN seen everywhere, so reading is loud and writing in place is an error
-        blank = torch.full((), float("nan") if compute.is_floating_point else 0, dtype=compute, device=self.mesh.device)
-        self._blanks = [blank.expand(s.shape) for s in self.layout.spans] if self.frees else []
+        nothing = float("nan") if compute.is_floating_point else 0
+        self._blank = torch.full((), nothing, dtype=compute, device=self.mesh.device)
+        self._blanks = [self._blank.expand(s.shape) for s in self.layout.spans] if self.frees else []
 
     @property
     def _whole_bytes(self) -> int:
@@ -154,11 +155,22 @@ class Bucket:
         """Start gathering ``whole``; a no-op unless it is sharded. ``wait`` ends it."""
         if self.state is not ShardState.SHARDED:
             return
+        self._check_blank()
         self.whole.untyped_storage().resize_(self._whole_bytes)
         self.ledger.add("communication", self._whole_bytes)
         self._fill_own()
         self._pending = comm.all_gather_(self.mesh, self.whole, self.name)
         self.state = ShardState.GATHERING
+
+    def _check_blank(self) -> None:
+        """``fill_`` and ``zero_`` are allowed to write the one element that a placeholder is. On a GPU, looking would
+        wait for the device."""
+        if self._blank.device.type == "cpu" and self._blank.is_floating_point() and not self._blank.isnan():
+            self._blank.fill_(float("nan"))
+            raise ValueError(
+                f"a parameter of '{self.name}' was written to (zero_, fill_, nn.init.zeros_, ...) while it was sharded,"
+                " and the value is lost: write inside `with ts.zero.GatheredParameters([parameter], modifier_rank=0):`"
+            )
 
     def _fill_own(self) -> None:
         source = self.shard if self.shard is not None else self.master
