@@ -51,6 +51,7 @@ class Watcher(threading.Thread):
         self._deadline: float | None = None
 
     def run(self) -> None:
+        """Until ``end``: a signal, or a failed rank, sets the moment at which the others are killed."""
         while not self._ended.is_set():
             readable, _, _ = select.select([self._signals], [], [], _POLL_S)
             for number in os.read(self._signals, 64) if readable else b"":
