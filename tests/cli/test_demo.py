@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def test_a_short_demo_learns_and_leaves_its_folder(start: Any, tmp_path: Path) -
     for name in ("loss.png", "bytes.png"):
         picture = image.imread(tmp_path / "out" / name)
         assert min(picture.shape[:2]) > 300 and picture.std() > 0.05, f"{name} is empty"
+
+
+@pytest.mark.slow
+def test_the_example_script_trains_under_the_same_config(start: Any) -> None:
+    script = CONFIG.with_name("train.py")
+    process = start("run", "--num_procs", "2", str(script), "--deepspeed_config", str(CONFIG), "--steps", "80")
+    shown, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, error
+    losses = [float(loss) for loss in re.findall(r"^step \d+ · loss (\S+)", shown, re.MULTILINE)]
+    assert len(losses) == 2 and losses[-1] < 0.05, "a tenth of the sine's variance"
+    assert "ZeRO stage 3 · 2 rank(s)" in shown
 
 
 @pytest.mark.parametrize(
