@@ -130,7 +130,7 @@ def test_every_way_equals_plain_pytorch(ranks, stage, precision, accumulation):
             assert got_norms == pytest.approx(norms, rel=20 * LOSS_RTOL[precision]), way
             for name, want in masters.items():
                 # parameters are the masters rounded to the compute type: one more rounding
-                close = dict(rtol=torch.finfo(DTYPES[precision]).eps, atol=MASTER_ATOL[precision])
+                close = {"rtol": torch.finfo(DTYPES[precision]).eps, "atol": MASTER_ATOL[precision]}
                 torch.testing.assert_close(got[name].float(), want, **close, msg=f"{way}: {name}")
         if accumulation == 1:  # where nothing is divided, calling loss.backward() is the same to the last bit
             assert same(found["by_torch"][2], found["by_engine"][2])

@@ -78,7 +78,8 @@ class ScaleEvent:
         if not self.overflow:
             return f"loss scale {self.scale_before:g} → {self.scale_after:g}"
         where = f"first in {first_parameter!r}" if first_parameter else "in an unnamed parameter"
-        skipped = f"step skipped: gradient not finite, {where}; loss scale {self.scale_before:g}"
+        unscaled = f"step skipped: gradient not finite, {where}"
+        skipped = f"{unscaled}; loss scale {self.scale_before:g}"
         if self.change is ScaleChange.LOWERED:
             return f"{skipped} → {self.scale_after:g}"
         if self.change is ScaleChange.TOLERATED:
@@ -91,7 +92,7 @@ class ScaleEvent:
             )
         if self.scale_before != 1.0:
             return f"{skipped} is fixed, {in_a_row}: lower fp16.loss_scale, or set it to 0 for a dynamic one"
-        return f"{skipped}, {in_a_row}: lower the learning rate, or look for the NaN near that parameter"
+        return f"{unscaled}, {in_a_row}: lower the learning rate, or look for a NaN near that parameter"
 
 
 @dataclass(slots=True)
