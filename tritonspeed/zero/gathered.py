@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonspeed import comm
 from tritonspeed.zero.group import Group, groups_of, place_of
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> its version when a context last kept its changes
 
 
 class GatheredParameters:
@@ -50,7 +53,8 @@ class GatheredParameters:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        changed = [p for p in self.params if p._version != self._versions[id(p)]]
+        # versions only grow: what a context inside this one has kept is not lost
+        changed = [p for p in self.params if p._version > max(self._versions[id(p)], _kept.get(p, 0))]
         try:
             if kind is None and self.modifier_rank is not None:
                 self._keep_changes()
@@ -72,5 +76,6 @@ class GatheredParameters:
             _, bucket, index = place_of(p)
             comm.broadcast_(bucket.mesh, p.data, self.modifier_rank, f"{bucket.name}: gathered")
             touched.setdefault(id(bucket), (bucket, []))[1].append(index)
+            _kept[p] = p._version
         for bucket, indices in touched.values():
             bucket.take_back(indices)
