@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -12,11 +13,12 @@ import pytest
 import torch
 from matplotlib import image
 
+import tritonspeed as ts
 from tritonspeed import cli
 from tritonspeed import config as configs
+from tritonspeed.cli import demo, demo_train
 from tritonspeed.cli.demo_model import GPT, GPTConfig, next_byte_loss, write
 from tritonspeed.cli.demo_text import HELD_OUT_EVERY, even_windows, load_corpus, random_windows
-from tritonspeed.cli.demo_train import _end_schedule_at
 
 CONFIG = Path(__file__).parents[2] / "examples" / "ds_config.json"
 LIMIT_S = 90  # the demo itself has four minutes, and takes a fraction of one here
@@ -73,6 +75,29 @@ def test_the_example_script_trains_under_the_same_config(start: Any) -> None:
     losses = [float(loss) for loss in re.findall(r"^step \d+ · loss (\S+)", shown, re.MULTILINE)]
     assert len(losses) == 2 and losses[-1] < 0.05, "a tenth of the sine's variance"
     assert "ZeRO stage 3 · 2 rank(s)" in shown
+
+
+def test_a_machine_that_became_slower_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_train, "AGREE_EVERY", 2)
+    monkeypatch.setattr(demo_train, "HELD_OUT_ROWS", 4)
+    monkeypatch.setattr(demo_train, "SAMPLE_BYTES", 3)
+    metrics = io.StringIO()
+    mesh = ts.comm.mesh_of()
+    training = demo_train.Training(configs.load(CONFIG), load_corpus(None), mesh, 30, metrics)
+    training.run(time_limit_s=0.0)
+    summary = training.summary()
+    assert summary["steps"] == 2
+    last = json.loads(metrics.getvalue().splitlines()[-1])
+    assert (last["step"], last["held_out_loss"]) == (2, summary["held_out_loss"]["after"])
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    demo._draw(tmp_path)
+    assert "pip install 'tritonspeed[plots]'" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -153,8 +178,8 @@ def test_writing_goes_on_past_the_longest_input_and_follows_its_seed(small_gpt: 
 
 @pytest.mark.parametrize("num_steps", [1, 24, 300])
 def test_the_schedule_ends_with_the_training(num_steps: int) -> None:
-    schedule = _end_schedule_at(configs.load(CONFIG), num_steps).scheduler
+    schedule = demo_train._end_schedule_at(configs.load(CONFIG), num_steps).scheduler
     assert schedule is not None
     assert schedule.params["total_num_steps"] == max(2, num_steps)
     assert schedule.params["warmup_num_steps"] <= max(2, num_steps // 4)
-    assert _end_schedule_at(configs.load({"train_batch_size": 2}), num_steps).scheduler is None
+    assert demo_train._end_schedule_at(configs.load({"train_batch_size": 2}), num_steps).scheduler is None

@@ -17,7 +17,7 @@ WIDE = 130  # columns from which every fact has room
 
 def console() -> Console:
     """Standard output; a pipe is given a width at which no line folds."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE, highlight=False, markup=False)
 
 
 def mib(num_bytes: float) -> str:

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -105,7 +105,7 @@ class Training:
         metrics: open text file, one JSON object per line.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, mesh: Mesh, num_steps: int, metrics: Any) -> None:
+    def __init__(self, config: Config, corpus: Corpus, mesh: Mesh, num_steps: int, metrics: TextIO) -> None:
         self.corpus, self.mesh, self.num_steps, self.metrics = corpus, mesh, num_steps, metrics
         model = fresh_model()
         self.num_bytes = model.config.max_bytes
