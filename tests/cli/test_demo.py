@@ -107,6 +107,7 @@ def test_without_matplotlib_it_says_what_to_install(
         (("--data", "short.txt"), "13 held out"),
         (("--ranks", "0"), "--ranks 0 must be positive"),
         (("--seconds", "-1"), "--seconds -1.0 must be positive"),
+        (("--steps", "0"), "--steps 0 must be positive"),
     ],
 )
 def test_mistakes_are_told_before_a_rank_starts(

@@ -75,7 +75,11 @@ def _num_ranks(args: argparse.Namespace) -> int:
 
     num_gpus = torch.cuda.device_count()
     num_ranks = args.ranks if args.ranks is not None else num_gpus or RANKS_ON_A_CPU
-    for name, value in (("ranks", num_ranks), ("seconds", args.seconds), ("steps", args.steps or 1)):
+    for name, value in (
+        ("ranks", num_ranks),
+        ("seconds", args.seconds),
+        ("steps", 1 if args.steps is None else args.steps),
+    ):
         if not value > 0:
             raise ValueError(f"--{name} {value} must be positive")
     if num_gpus and num_ranks > num_gpus:
@@ -117,7 +121,7 @@ def _stage_table(summary: dict[str, Any]) -> Table:
         for when in ("rest_bytes", "peak_bytes"):
             cells.append(" / ".join(mib(sum(row[when][how].values())) for how in ("measured", "computed")))
         table.add_row(str(row["stage"]), *cells, f"{row['losses'][-1]:.6f}")
-    table.caption = f"losses: {same}"
+    table.caption = f"losses of rank 0: {same}"
     return table
 
 
