@@ -67,9 +67,8 @@ def test_gradients_are_added_in_the_accumulation_type(stage, dtype, norm):
         engine.backward(engine(torch.tensor([value, 0, 0]).bfloat16()), scale_wrt_gas=False)
         engine.step()
     assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-5)
-    assert {b.grad.dtype for b in engine.sharded.buckets} == {
-        getattr(torch, {"fp32": "float32"}.get(dtype, "bfloat16"))
-    }
+    assert engine.get_data_types()[1] == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert {b.grad.dtype for b in engine.sharded.buckets} == {engine.get_data_types()[1]}
 
 
 def norm_of_thirds(more: dict[str, Any]) -> float:

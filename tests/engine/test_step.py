@@ -209,13 +209,13 @@ def test_the_schedule_moves_with_steps_not_with_micro_steps():
 
 
 def test_arguments_of_step_reach_the_schedule():
-    class Plateau:
-        seen: list[float] = []
+    seen: list[float] = []
 
+    class Plateau:
         def step(self, metrics: float) -> None:
-            self.seen.append(metrics)
+            seen.append(metrics)
 
     engine = make(settings(0), lr_scheduler=Plateau())
     engine.backward(engine(*batch(0, 0)))
     engine.step(lr_kwargs={"metrics": 0.5})
-    assert Plateau.seen == [0.5]
+    assert seen == [0.5]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tritonspeed.config.keys import value_at
+
 if TYPE_CHECKING:
     from tritonspeed.comm import Mesh
     from tritonspeed.config import Config
@@ -189,8 +191,43 @@ class Getters:
 
     dp_world_size = world_size
 
+    def get_data_parallel_rank(self) -> int:
+        """This rank, among those that share the model."""
+        return self.mesh.rank
+
     def get_full_grad(self, p: torch.nn.Parameter) -> Tensor | None:
         """The averaged, unscaled gradient of ``p`` since the last step, whole. Collective."""
         from tritonspeed.zero import safe_get_full_grad
 
         return safe_get_full_grad(p)
+
+
+# Methods that answer with a value of the config: their names, and its paths
+_ZERO_KEYS = (
+    *("reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "prefetch_bucket_size"),
+    *("max_live_parameters", "max_reuse_distance", "param_persistence_threshold", "model_persistence_threshold"),
+    *("overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions", "round_robin_gradients"),
+    *("ignore_unused_parameters", "load_from_fp32_weights", "elastic_checkpoint", "offload_optimizer", "offload_param"),
+)
+_FROM_CONFIG = {
+    **{f"zero_{key}": f"zero_optimization.{key}" for key in _ZERO_KEYS},
+    **{key: key for key in ("managed_gradient_accumulation", "dataloader_drop_last")},
+    **{key: key for key in ("gradient_predivide_factor", "dump_state", "memory_breakdown")},
+    **{key: key for key in ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")},
+    "fp16_auto_cast": "fp16.auto_cast",
+    "optimizer_params": "optimizer.params",
+    "scheduler_params": "scheduler.params",
+}
+
+
+def _reader(name: str, path: str) -> Any:
+    def read(self: Getters) -> Any:
+        return value_at(self.config, path)
+
+    read.__name__, read.__qualname__ = name, f"Getters.{name}"
+    read.__doc__ = f"The config's ``{path}``."
+    return read
+
+
+for _name, _path in _FROM_CONFIG.items():
+    setattr(Getters, _name, _reader(_name, _path))

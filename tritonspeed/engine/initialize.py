@@ -71,6 +71,7 @@ def initialize(
         raise ValueError("mesh_param asks for a second mesh axis, which is not built: leave it out")
     if dist_init_required is not False:
         comm.init_distributed(distributed_port=distributed_port)
+    _check_mpu(mpu)
     mesh = comm.mesh_of(mpu)
     resolved = _resolve(_find_config(args, config, config_params), model, mesh)
     policy = Policy.from_config(resolved)
@@ -88,6 +89,17 @@ def initialize(
     if training_data is not None:
         engine.training_dataloader = data_loader(training_data, resolved, mesh, collate_fn)
     return engine, stepper, engine.training_dataloader, schedule
+
+
+def _check_mpu(mpu: Any) -> None:
+    """Ranks that hold different parts of one model would need norms and overflows over all of them."""
+    for name in ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"):
+        size = getattr(mpu, name)() if hasattr(mpu, name) else 1
+        if size > 1:
+            raise ValueError(
+                f"mpu.{name}() is {size}, but tensor and pipeline parallelism are not built: gradient norms and skipped"
+                " steps would differ between the parts of the model. Use an mpu of data-parallel groups alone"
+            )
 
 
 def _find_config(args: Any, config: Any, config_params: Any) -> Any:
