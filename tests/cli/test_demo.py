@@ -184,3 +184,10 @@ def test_the_schedule_ends_with_the_training(num_steps: int) -> None:
     assert schedule.params["total_num_steps"] == max(2, num_steps)
     assert schedule.params["warmup_num_steps"] <= max(2, num_steps // 4)
     assert demo_train._end_schedule_at(configs.load({"train_batch_size": 2}), num_steps).scheduler is None
+
+
+def test_the_installed_demo_has_the_example_config():
+    from tritonspeed.cli.demo import CONFIG
+
+    example = Path(__file__).parents[2] / "examples/ds_config.json"
+    assert CONFIG.read_text(encoding="utf-8") == example.read_text(encoding="utf-8")

@@ -24,6 +24,7 @@ from tritonspeed.cli.demo_text import load_corpus
 from tritonspeed.cli.launch import launch, threads_per_rank
 from tritonspeed.cli.plan import Script, plan_single
 
+CONFIG = Path(__file__).with_name("ds_config.json")  # examples/ds_config.json, for an installed package without it
 RANKS_ON_A_CPU = 2
 SECONDS = 100.0  # of training; the rest of the four minutes is for stages, evaluations, sample and a slower machine
 LOSS_PICTURE, BYTES_PICTURE = "loss.png", "bytes.png"
@@ -31,7 +32,9 @@ LOSS_PICTURE, BYTES_PICTURE = "loss.png", "bytes.png"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `demo`."""
-    parser.add_argument("--config", default="examples/ds_config.json", help="a ds_config.json (default: %(default)s)")
+    parser.add_argument(
+        "--config", default=str(CONFIG), help="a ds_config.json (default: examples/ds_config.json's twin)"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it leaves (%(default)s)")
     parser.add_argument(
         "--data", metavar="PATH", help="a text file, or a folder of them (default: Python's standard library)"

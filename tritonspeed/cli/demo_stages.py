@@ -54,15 +54,14 @@ def try_stage(config: Config, stage: int, corpus: Corpus, mesh: Mesh) -> dict[st
             loss = next_byte_loss(engine(inputs.to(engine.device)), targets.to(engine.device))
             engine.backward(loss)
             losses.append(float(loss.detach()))
-            if (step, micro_step) != (NUM_STEPS - 1, NUM_MICRO_STEPS - 1):
-                engine.step()
+            engine.step()
         times_s.append(time.perf_counter() - start)
-    optimizer.step()  # the last step without the engine, which would start a new peak after it
-    ledger = engine.sharded.ledger
+    last = engine.last_step
+    assert last is not None, "the last micro-step ended a step"
     report = {
         "stage": stage,
-        "rest_bytes": {"measured": dict(ledger.bytes_of), "computed": computed.rest_bytes},
-        "peak_bytes": {"measured": dict(ledger.peak_of), "computed": computed.peak_bytes},
+        "rest_bytes": {"measured": last.bytes_of, "computed": computed.rest_bytes},
+        "peak_bytes": {"measured": last.peak_of, "computed": computed.peak_bytes},
         "losses": losses,
         "micro_step_ms": 1e3 * times_s[1] / NUM_MICRO_STEPS,
     }

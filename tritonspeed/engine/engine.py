@@ -198,6 +198,7 @@ class Engine(Getters, nn.Module):
             skipped=facts.skipped,
             skipped_reason=facts.reason,
             bytes_of=dict(ledger.bytes_of),
+            peak_of=dict(ledger.peak_of),
             peak_bytes=torch.cuda.max_memory_allocated(self.mesh.device) if on_gpu else ledger.peak_bytes,
             **{f"{name}_ms": value for name, value in self._times_ms.items()},
         )

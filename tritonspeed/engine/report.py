@@ -19,6 +19,7 @@ class StepReport:
         skipped_reason: in words, with the first parameter it came from; said too where the step was applied all the
             same (``bf16.check_grad_overflow`` false).
         bytes_of: bytes of model state on this rank at rest: parameters, gradients, optimizer, communication.
+        peak_of: the same categories when their sum was highest since the last step.
         peak_bytes: most bytes of model state and communication at any time since the last step; on a GPU the
             allocator's peak, activations included.
         forward_ms, backward_ms, step_ms: host time over all micro-steps; on a GPU meaningful with
@@ -33,6 +34,7 @@ class StepReport:
     skipped: bool = False
     skipped_reason: str | None = None
     bytes_of: dict[str, int] = field(default_factory=dict)
+    peak_of: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
     forward_ms: float = 0.0
     backward_ms: float = 0.0
