@@ -77,9 +77,9 @@ def initialize(
     policy = Policy.from_config(resolved)
     _announce(resolved, mesh)
     inner = _build_optimizer(resolved, model, optimizer, model_parameters)
-    sharded = ShardedModel(
-        model, int(resolved.zero_optimization.stage), policy, ShardOptions.from_config(resolved, policy), mesh
-    )
+    options = ShardOptions.from_config(resolved, policy)
+    stage = int(resolved.zero_optimization.stage)
+    sharded = ShardedModel(model, stage, policy, options, mesh, trains=inner is not None)
     stepper = None
     if inner is not None:
         scaler = LossScaler.from_config(resolved, policy)

@@ -6,7 +6,7 @@ of a bucket leaves in one piece. Sizes in elements, N ranks, P = layout.numel:
     whole     W[P]     compute dtype     what the modules compute with; at stage 3 only while in use
     master    M[P/N]   fp32              what the optimizer updates (stage 0: M[P]); trainable buckets only
     shard     S[P/N]   compute dtype     stage 3, frozen buckets and stochastic rounding: ``whole`` is gathered from it
-    grad      G[P/N]   accumulate dtype  the sum over the ranks (stage 0: G[P])
+    grad      G[P/N]   accumulate dtype  the sum over the ranks (stage 0: G[P]), from its first reduction to the step
     outbox    g[P]     compute dtype     this rank's gradient, from its first element to its departure
 
 Where the compute dtype is the master's, ``master`` is the own slice of ``whole`` itself (stages 0-2), not a copy.
@@ -80,13 +80,14 @@ class Bucket:
         mesh: the ranks that share it.
         stage: what is sharded; a persistent bucket keeps its parameters at stage 3 too.
         ledger: where its bytes are entered.
+        trains: False where no optimizer will come: then there are neither masters nor gradients.
     """
 
-    def __init__(self, plan: BucketPlan, mesh: Mesh, stage: Stage, ledger: Ledger) -> None:
+    def __init__(self, plan: BucketPlan, mesh: Mesh, stage: Stage, ledger: Ledger, trains: bool = True) -> None:
         self.name, self.layout, self.types = plan.name, plan.layout, plan.types
         self.parameters = list(plan.parameters)
         self.mesh, self.ledger = mesh, ledger
-        self.trainable = plan.trainable
+        self.trainable = plan.trainable and trains
         self.frees = stage.shards_parameters and not plan.persistent
         self.own = self.layout.interval(mesh.rank)
         self.owned = self.own if stage.shards_optimizer else (0, self.layout.numel)
@@ -320,8 +321,10 @@ class Bucket:
         return self.grad if self.owned == self.own else self.grad[slice(*self.own)]
 
     def drop_grad(self) -> None:
-        """Forget what was accumulated; the memory stays for the next step."""
-        self.has_grad = False
+        """Forget what was accumulated, and free it: forward needs the room for activations."""
+        if self.grad is not None:
+            self.ledger.add("gradients", -self.grad.nbytes)
+        self.grad, self.has_grad = None, False
         self.filled.clear()
         if self.outbox is not None:
             self.ledger.add(self._outbox_kind, -self.outbox.nbytes)

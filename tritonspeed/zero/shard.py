@@ -17,7 +17,7 @@ from tritonspeed import comm
 from tritonspeed.comm import Mesh
 from tritonspeed.precision import LossScaler, Policy
 from tritonspeed.zero.bucket import Bucket, Ledger
-from tritonspeed.zero.group import Group, groups_of
+from tritonspeed.zero.group import Group, group_of, groups_of
 from tritonspeed.zero.hooks import Hooks
 from tritonspeed.zero.init import materialise
 from tritonspeed.zero.options import ShardOptions
@@ -36,6 +36,10 @@ class ShardedModel:
         policy: dtypes; ``None`` keeps every parameter's own dtype, with fp32 masters for the 16-bit ones.
         options: sizes and switches.
         mesh: the ranks; None is everyone.
+        trains: False where no optimizer will be attached: then nothing is kept for one.
+
+    Raises:
+        ValueError: the model, or a part of it, is sharded already.
     """
 
     def __init__(
@@ -45,8 +49,10 @@ class ShardedModel:
         policy: Policy | None = None,
         options: ShardOptions | None = None,
         mesh: Mesh | None = None,
+        trains: bool = True,
     ) -> None:
-        self.model, self.options = model, options or ShardOptions()
+        _check_free(model)
+        self.model, self.options, self.trains = model, options or ShardOptions(), trains
         self.stage: Stage = stage_of(stage)
         self.mesh = mesh or comm.mesh_of()
         self.ledger = Ledger()
@@ -81,7 +87,7 @@ class ShardedModel:
         for group in earlier:
             group.acquire("regroup")
         plans = plan_buckets(plan, self.mesh.world, self.policy, self.options.wire)
-        buckets = [Bucket(p, self.mesh, self.stage, self.ledger) for p in plans]
+        buckets = [Bucket(p, self.mesh, self.stage, self.ledger, self.trains) for p in plans]
         made = Group(index, plan.name, buckets, plan.modules)
         for group in earlier:
             group.disown(parameters)
@@ -150,6 +156,17 @@ class ShardedModel:
         return type(None), ()  # a copied or pickled model is an ordinary one: see ``guard``
 
 
+def _check_free(model: nn.Module) -> None:
+    """What ``zero.Init`` has sharded is to be taken over; what another sharded model manages is not."""
+    for name, p in model.named_parameters():
+        group = group_of(p)
+        if group is not None and group.keeper is None:
+            raise ValueError(
+                f"{name!r} is sharded already, by an engine or zero.shard() that still manages it: destroy() that one"
+                " first, or give this one a copy of the model made before"
+            )
+
+
 def shard(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -176,7 +193,7 @@ def shard(
         The same model, and the optimizer to call ``step()`` on. Micro-steps accumulate until then.
     """
     policy = Policy.of(precision) if isinstance(precision, str) else precision
-    sharded = ShardedModel(model, stage, policy, options, mesh)
+    sharded = ShardedModel(model, stage, policy, options, mesh, trains=optimizer is not None)
     model.__dict__["_tritonspeed"] = sharded  # keeps it alive, and finds it again
     if optimizer is None:
         return model, None
