@@ -1,19 +1,19 @@
 """Bytes per rank before anything runs, from shapes and a config; no GPU, no process group, no memory for the model.
 
-At rest, for P elements of a bucket (padding included), N ranks, c = bytes of the compute dtype, 4 for fp32:
+Between two steps, for P elements of a bucket (padding included), N ranks, c = bytes of the compute dtype, 4 for fp32:
 
-    parameters   c·P            stages 0-2        nothing at stage 3, but what is frozen: c·P/N, and what persists: c·P
-    gradients    4·P/N          stage 0: 4·P      (accumulate dtype)
-    optimizer    4·P/N + 8·P/N  stage 0: 12·P     master, unless the compute dtype is the master's; moments of AdamW
+    parameters   c·P             stages 0-2; at stage 3 only what is frozen, c·P/N, and what persists, c·P
+    optimizer    4·P/N + 8·P/N   stage 0: 12·P; the master, unless the compute dtype is the master's; AdamW's moments
 
-The peak adds what is on its way: at stage 3 the units that are whole, and at every stage a gradient on its way out
-(c·P) with
-what the peers send (c·P·(N-1)/N), of at most three buckets at a time. It is found by walking one training iteration
-with the very order and limits that the run uses, on integers.
+From backward to the step it adds the gradients, 4·P/N (stage 0: 4·P; in the accumulate dtype). The peak adds what is on
+its way: at stage 3 the units that are whole, and at every stage one gradient that fills (c·P), one that travels, and
+what
+the peers send of it (c·P·(N-1)/N). It is found by walking one training iteration with the very order and limits that
+the run uses, on integers.
 
     estimate(model, "ds_config.json", world_size=8).total_peak_bytes
 
-Activations, and the framework's own memory, are not in it.
+Activations are not in it, nor the framework's own memory, nor (on CPU ranks of one host) the 16 MiB window of each.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class _PaperBucket:
         self.trainable = self.plan.trainable
         self.frees = self.stage.shards_parameters and not self.plan.persistent
         self.whole_bytes = self.layout.numel * self.types.compute.itemsize
-        self._kind, self._outbox_bytes = "communication", 0
+        self.owned = self.layout.slice_numel if self.stage.shards_optimizer else self.layout.numel
+        self._kind, self._outbox_bytes, self._grad_bytes = "communication", 0, 0
 
     def rest(self, num_moments: int) -> None:
         """Enter what it holds between two steps."""
-        owned = self.layout.slice_numel if self.stage.shards_optimizer else self.layout.numel
         types, aliased = self.types, self.types.compute == self.types.master
         if not self.frees:
             self.ledger.add("parameters", self.whole_bytes)
@@ -97,9 +97,8 @@ class _PaperBucket:
             self.ledger.add("parameters", self.layout.slice_numel * types.compute.itemsize)
         if self.trainable:
             if self.frees or not aliased:
-                self.ledger.add("parameters" if aliased else "optimizer", owned * types.master.itemsize)
-            self.ledger.add("optimizer", num_moments * owned * types.master.itemsize)
-            self.ledger.add("gradients", owned * types.accumulate.itemsize)
+                self.ledger.add("parameters" if aliased else "optimizer", self.owned * types.master.itemsize)
+            self.ledger.add("optimizer", num_moments * self.owned * types.master.itemsize)
 
     def receive(self, index: int, gradient: object, accumulating: bool) -> None:
         if self.outbox is None:
@@ -119,6 +118,9 @@ class _PaperBucket:
         held = [(self._kind, self._outbox_bytes), ("communication", extra + received)]
         self.ledger.add("communication", held[1][1])
         self.outbox = None
+        if not self._grad_bytes:
+            self._grad_bytes = self.owned * self.types.accumulate.itemsize
+            self.ledger.add("gradients", self._grad_bytes)
 
         def finish() -> None:
             for kind, num_bytes in held:
@@ -127,7 +129,8 @@ class _PaperBucket:
         return finish
 
     def drop_grad(self) -> None:
-        self.outbox = None
+        self.ledger.add("gradients", -self._grad_bytes)
+        self.outbox, self._grad_bytes = None, 0
 
 
 class _PaperGroup:
@@ -240,3 +243,5 @@ def _walk(groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_ac
         reducer.finish_backward()
         for group in groups:
             group.reshard()
+            for bucket in group.buckets if micro_step % num_accumulated == 0 else ():
+                bucket.drop_grad()  # the step

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tritonspeed.comm.flight import first_difference
 from tritonspeed.comm.mesh import DEFAULT_TIMEOUT_S, Mesh
-from tritonspeed.comm.shared import Block, SharedWindows
+from tritonspeed.comm.shared import SharedWindows, Stream
 
 _TIMEOUT = timedelta(seconds=DEFAULT_TIMEOUT_S)
 _TAGS = 1 << 20  # p2p tags are reused after this many operations, long after the first has ended
@@ -76,8 +76,8 @@ def all_gather_(mesh: Mesh, whole: Tensor, unit: str) -> Pending:
         return Pending(mesh, [])
     mesh.flight.record("all-gather", unit, whole.numel())
     slices = whole.view(mesh.world, -1)
-    if (windows := mesh.windows()) is not None and (block := windows.place(slices[0].nbytes)) is not None:
-        return _gather_shared(mesh, windows, block, slices)
+    if (windows := mesh.windows()) is not None and (stream := windows.open(slices[0].nbytes, 1)) is not None:
+        return _gather_shared(mesh, windows, stream, slices)
     if mesh.backend == "gloo":
         own = slices[mesh.rank]
         works = _exchange_point_to_point(mesh, [own] * mesh.world, list(slices.unbind()))
@@ -107,8 +107,8 @@ def reduce_scatter(
         mesh.flight.record("reduce-scatter", unit, whole.numel())
     if mesh.world == 1:
         return Pending(mesh, [], lambda: _sum_into(out, [own], accumulate))
-    if (windows := mesh.windows()) is not None and (block := windows.place((mesh.world - 1) * own.nbytes)) is not None:
-        return _reduce_shared(mesh, windows, block, slices, out, accumulate)
+    if (windows := mesh.windows()) is not None and (stream := windows.open(own.nbytes, mesh.world - 1)) is not None:
+        return _reduce_shared(mesh, windows, stream, slices, out, accumulate)
     if mesh.backend == "gloo":
         num_elems = (mesh.world - 1) * own.numel()
         received = (scratch(num_elems) if scratch else whole.new_empty(num_elems)).view(mesh.world - 1, -1)
@@ -120,40 +120,48 @@ def reduce_scatter(
     return Pending(mesh, works, lambda: _sum_into(out, [reduced], accumulate))
 
 
-def _gather_shared(mesh: Mesh, windows: SharedWindows, block: Block, slices: Tensor) -> Pending:
-    own = slices[mesh.rank]
-    windows.view(mesh.rank, block, 0, own).copy_(own)
-    windows.post(block)
+def _gather_shared(mesh: Mesh, windows: SharedWindows, stream: Stream, slices: Tensor) -> Pending:
+    raw = slices.view(torch.uint8)
 
-    def finish() -> None:
+    def read(index: int) -> None:
+        lo, hi = stream.piece(index)
         for peer in _others(mesh):
-            windows.wait_posted(peer, block)
-            slices[peer].copy_(windows.view(peer, block, 0, own))
-        windows.done(block)
+            raw[peer][lo:hi].copy_(windows.peek(stream, index, peer, 0))
 
-    return Pending(mesh, [], finish)
+    return _run_stream(mesh, windows, stream, [raw[mesh.rank]], read)
 
 
 def _reduce_shared(
-    mesh: Mesh, windows: SharedWindows, block: Block, slices: Tensor, out: Tensor, accumulate: bool
+    mesh: Mesh, windows: SharedWindows, stream: Stream, slices: Tensor, out: Tensor, accumulate: bool
 ) -> Pending:
-    """Each rank posts its slices for the others, rank r's at place r (r - 1 after its own), and adds what stands
-    there."""
+    """Each rank posts its slices for the others, in rank order without its own, and adds what stands there for it."""
     rank, own = mesh.rank, slices[mesh.rank]
-    for peer in _others(mesh):
-        windows.view(rank, block, (peer - (peer > rank)) * own.nbytes, own).copy_(slices[peer])
-    windows.post(block)
+    raw = slices.view(torch.uint8)
+
+    def read(index: int) -> None:
+        lo, hi = (at // own.itemsize for at in stream.piece(index))
+        parts = [
+            own[lo:hi] if peer == rank else windows.peek(stream, index, peer, rank - (rank > peer)).view(own.dtype)
+            for peer in range(mesh.world)
+        ]
+        _sum_into(out[lo:hi], parts, accumulate)
+
+    return _run_stream(mesh, windows, stream, [raw[peer] for peer in range(mesh.world) if peer != rank], read)
+
+
+def _run_stream(
+    mesh: Mesh, windows: SharedWindows, stream: Stream, parts: list[Tensor], read: Callable[[int], None]
+) -> Pending:
+    """Post what fits at once; reading, and posting the rest, is what ``wait`` does."""
+    for index in range(min(2, stream.num_pieces)):
+        windows.post(stream, index, parts)
 
     def finish() -> None:
-        parts = []
-        for peer in range(mesh.world):
-            if peer == rank:
-                parts.append(own)
-            else:
-                windows.wait_posted(peer, block)
-                parts.append(windows.view(peer, block, (rank - (rank > peer)) * own.nbytes, own))
-        _sum_into(out, parts, accumulate)
-        windows.done(block)
+        for index in range(stream.num_pieces):
+            read(index)
+            windows.done(stream, index)
+            if index + 2 < stream.num_pieces:
+                windows.post(stream, index + 2, parts)
 
     return Pending(mesh, [], finish)
 

@@ -1,4 +1,4 @@
-"""Gradients leave in a fixed order, each bucket once it is complete, at most two under way.
+"""Gradients leave in a fixed order, each bucket once it is complete, one under way while the next one fills.
 
 The order is the reverse of the units' own (the order in which backward fills them), the root and the persistent
 parameters last. It never depends on which gradient came first: that may differ between ranks, and between two runs.
@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from tritonspeed.zero.layout import Layout
 from tritonspeed.zero.plan import PERSISTENT, ROOT
 
-MAX_UNDER_WAY = 2  # one on the wire while the next fills: more would only hold memory
+MAX_UNDER_WAY = 1  # it travels while the next one fills: more would only hold memory
 
 
 class Sender(Protocol):

@@ -1,6 +1,6 @@
 """What each ZeRO stage shards, as data. Nobody else asks for a stage's number.
 
-Bytes per trainable parameter and rank, 16-bit compute, fp32 masters and AdamW, N ranks, at rest:
+Bytes per trainable parameter and rank, 16-bit compute, fp32 masters and AdamW, N ranks, when gradients are there:
 
     stage   parameters   gradients   masters + moments
       0         2            4             12              everything everywhere

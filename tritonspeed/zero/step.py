@@ -31,6 +31,7 @@ from tritonspeed.zero.layout import runs
 from tritonspeed.zero.reduce import Reducer
 
 _UNCHECKED = "gradient not finite, first in {!r}: applied all the same, as bf16.check_grad_overflow is false"
+PUBLISHED_AT_ONCE = 2  # gathers of updated parameters under way, under the update of the next bucket
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed: keeps a zero norm from dividing
 
 
@@ -245,6 +246,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 elif copy is not None:
                     copy.copy_(chunk.master)
             published.append(bucket.publish())
+            if len(published) > PUBLISHED_AT_ONCE:
+                published.pop(0).wait()
         for pending in published:
             pending.wait()
         for bucket in self.buckets:
