@@ -49,19 +49,22 @@ def _gradient(bucket: Bucket, lo: int, hi: int) -> Tensor | None:
 
 
 def _state(bucket: Bucket, key: str, lo: int, hi: int) -> Tensor | None:
-    parts = [view for view, _ in _stepper(bucket).state_views(bucket, key, lo, hi)]
-    return torch.cat(parts) if parts else None
+    """None where this rank has no such state at all, empty where none of it falls into [lo, hi)."""
+    parts = [view for view, _ in _stepper(bucket).state_views(bucket, key, *bucket.own)]
+    found = [view for view, _ in _stepper(bucket).state_views(bucket, key, lo, hi)]
+    return torch.cat(found) if found else parts[0][:0] if parts else None
 
 
 def _assemble(p: Parameter, local: Callable[[Bucket, int, int], Tensor | None]) -> Tensor | None:
     bucket, lo, hi, start = _part(p)
     mine = local(bucket, lo, hi)
-    if mine is None:
-        return None
-    whole = torch.zeros(p.numel(), dtype=mine.dtype, device=mine.device)
-    whole[lo - start : hi - start] = mine
+    # one more element counts the ranks that have any: those that do not, take part all the same
+    whole = torch.zeros(p.numel() + 1, dtype=bucket.types.master, device=bucket.mesh.device)
+    if mine is not None:
+        whole[lo - start : hi - start] = mine
+        whole[-1] = 1
     comm.sum_(bucket.mesh, whole, f"{bucket.name}: read")
-    return whole.view(p.shape)
+    return whole[:-1].view(p.shape) if whole[-1] else None
 
 
 def _check_shape(p: Parameter, value: Tensor) -> Tensor:
@@ -98,12 +101,7 @@ def safe_get_full_grad(param: Parameter) -> Tensor | None:
 
 def safe_get_full_optimizer_state(param: Parameter, optim_state_key: str) -> Tensor | None:
     """The optimizer's tensor ``optim_state_key`` ("exp_avg", ...) of ``param``, whole; None before the first step."""
-    bucket = place_of(param)[1]
-    if not any(True for _ in _stepper(bucket).state_views(bucket, optim_state_key, *bucket.own)):
-        return None
-    return _assemble(
-        param, lambda b, lo, hi: s if (s := _state(b, optim_state_key, lo, hi)) is not None else b.whole.new_empty(0)
-    )
+    return _assemble(param, lambda b, lo, hi: _state(b, optim_state_key, lo, hi))
 
 
 @torch.no_grad()
