@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tritonspeed.comm.flight import first_difference
-from tritonspeed.comm.mesh import DEFAULT_TIMEOUT_S, Mesh
+from tritonspeed.comm.mesh import Mesh
 from tritonspeed.comm.shared import SharedWindows, Stream
 
-_TIMEOUT = timedelta(seconds=DEFAULT_TIMEOUT_S)
 _TAGS = 1 << 20  # p2p tags are reused after this many operations, long after the first has ended
 
 SUM_TILE_ELEMS = 128 * 1024  # 512 KiB of fp32 and the parts' tiles fit a core's second-level cache
@@ -47,7 +46,7 @@ class Pending:
                 if self._mesh.backend == "nccl":
                     work.wait()
                 else:
-                    work.wait(_TIMEOUT)
+                    work.wait(timedelta(seconds=self._mesh.timeout_s))
             if finish is not None:
                 finish()
 

@@ -28,6 +28,7 @@ class Mesh:
     backend: str  # "gloo", "nccl", "fake", or "none" for a single process
     group: dist.ProcessGroup | None = None
     flight: FlightRecorder = field(default_factory=FlightRecorder, compare=False)
+    timeout_s: float = DEFAULT_TIMEOUT_S  # how long to wait for another rank
     _windows: list[SharedWindows | None] = field(default_factory=list, compare=False, repr=False)
 
     def windows(self) -> SharedWindows | None:
@@ -35,7 +36,7 @@ class Mesh:
         if self.backend != "gloo" or self.device.type != "cpu":
             return None
         if not self._windows:
-            self._windows.append(open_windows(self.rank, self.world, self.group, DEFAULT_TIMEOUT_S))
+            self._windows.append(open_windows(self.rank, self.world, self.group, self.timeout_s))
         return self._windows[0]
 
     @property
@@ -93,16 +94,20 @@ def init_distributed(
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = timeout or timedelta(seconds=DEFAULT_TIMEOUT_S)
+    global _timeout_s
+    _timeout_s = timeout.total_seconds()
     dist.init_process_group(
         backend=dist_backend or ("nccl" if device.type == "cuda" else "gloo"),
         init_method=init_method,
-        timeout=timeout or timedelta(seconds=DEFAULT_TIMEOUT_S),
+        timeout=timeout,
         rank=rank,
         world_size=world_size,
     )
 
 
 _meshes: dict[int, Mesh] = {}
+_timeout_s: float = DEFAULT_TIMEOUT_S  # of the default process group, where we started it
 
 
 def mesh_of(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> Mesh:
@@ -124,7 +129,7 @@ def mesh_of(group: dist.ProcessGroup | None = None, device: torch.device | None 
             device = local_device() if "nccl" in backend else torch.device("cpu")
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         store = dist.distributed_c10d._get_default_store() if world > 1 and backend != "fake" else None
-        mesh = Mesh(rank, world, device, backend, group, FlightRecorder(rank, world, store))
+        mesh = Mesh(rank, world, device, backend, group, FlightRecorder(rank, world, store), _timeout_s)
         _meshes[id(group)] = mesh
     return mesh
 
