@@ -18,7 +18,8 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 export PYTHONUNBUFFERED=1
-part tests 240 "$python" -m pytest -m gpu tests
+part tests 200 "$python" -m pytest -m gpu tests --ignore tests/engine
+part engine 90 "$python" -m pytest -m gpu tests/engine --basetemp "$out/engine"   # its trace stays there, for Perfetto
 part adamw 150 "$python" -m bench.kernels.bench_adamw --device cuda --sweep --out "$out"
 part global_norm 90 "$python" -m bench.kernels.bench_global_norm --device cuda --out "$out"
 
