@@ -271,3 +271,23 @@ def never_whole(depth: int) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_no_rank_ever_holds_the_whole_model(ranks: Any, world: int) -> None:
     ranks(world, never_whole, 12)
+
+
+def tied_and_written_late() -> None:
+    """The tied weight is found, through the head, after it has been closed: with room for one open module."""
+    usual, zero_init.OPEN_AT_MOST_ELEMS = zero_init.OPEN_AT_MOST_ELEMS, 1
+    try:
+        with ts.zero.Init():
+            model = Net(tied=True)
+            nn.init.ones_(model.norm.weight)
+            nn.init.constant_(model.head.weight, 3.0)
+            nn.init.ones_(model.norm.bias)
+    finally:
+        zero_init.OPEN_AT_MOST_ELEMS = usual
+    with ts.zero.GatheredParameters(model.parameters()):
+        assert model.head.weight is model.embed.weight and (model.embed.weight == 3).all()
+        assert (model.norm.bias == 1).all()
+
+
+def test_a_tied_weight_is_written_through_either_name(ranks: Any) -> None:
+    ranks(2, tied_and_written_late)
