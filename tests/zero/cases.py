@@ -105,6 +105,7 @@ def lock_step(case: Case, sharding: str) -> None:
     model, optimizer = ts.zero.shard(model, chosen, stage=stage, options=options)
     assert optimizer is not None
     sharded = model._tritonspeed
+    start = [p.detach().clone() for p in plain.parameters]
     for step in range(case.steps):
         case.disturb(model, rank, step)
         loss = case.drive(model, rank, step)
@@ -113,6 +114,7 @@ def lock_step(case: Case, sharding: str) -> None:
         torch.testing.assert_close(loss, want, **tolerance(torch.float32, NUM_SUMMED))
         assert_same_model(sharded, plain.model, f"after step {step}")
     assert_at_rest(sharded)
+    assert any((p != was).any() for p, was in zip(plain.parameters, start, strict=True)), "nothing was trained"
 
 
 def assert_at_rest(sharded: ts.zero.ShardedModel) -> None:

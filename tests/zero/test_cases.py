@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SHARDINGS, Case, lock_step, sgd
+from cases import Case, lock_step
 from models import Block, Net, batch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -289,7 +289,7 @@ def run(name: str, sharding: str) -> None:
     lock_step(CASES[name], sharding)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", ["0", "2", "3", "3 persistent"])
 @pytest.mark.parametrize("name", CASES)
 def test_trains_as_without_us(ranks: Any, name: str, sharding: str) -> None:
     ranks(2, run, name, sharding)
@@ -300,12 +300,3 @@ def test_trains_as_without_us(ranks: Any, name: str, sharding: str) -> None:
 @pytest.mark.parametrize("name", IN_WORLDS_OF_ANY_SIZE)
 def test_world_sizes(ranks: Any, name: str, world: int, sharding: str) -> None:
     ranks(world, run, name, sharding)
-
-
-def test_the_optimizer_of_these_tests_moves_every_used_parameter() -> None:
-    net = Net()
-    before = [p.detach().clone() for p in net.parameters()]
-    optimizer = sgd(net.parameters())
-    net(*batch(0, 0)).backward()
-    optimizer.step()
-    assert all((p != b).any() for p, b in zip(net.parameters(), before, strict=True))

@@ -236,7 +236,7 @@ def test_any_order_gives_the_same_gradients(ranks: Any, name: str, sharding: str
     ranks(2, run, name, sharding)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", ["1", "3", "3 persistent"])
 @pytest.mark.parametrize("name", FAILURES)
 def test_after_a_failure_training_goes_on_as_if_it_had_not_been(ranks: Any, name: str, sharding: str) -> None:
     ranks(2, run, name, sharding)
