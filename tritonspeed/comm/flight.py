@@ -8,6 +8,7 @@ says where each of them stands.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import threading
@@ -65,6 +66,8 @@ class FlightRecorder:
         if self._store is not None and self._thread is None:
             self._thread = threading.Thread(target=self._beat, name="tritonspeed-watchdog", daemon=True)
             self._thread.start()
+            # a thread inside the store when the interpreter ends takes the process down with it
+            atexit.register(self.close)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -101,8 +104,11 @@ class FlightRecorder:
         return json.dumps([[e.seq, e.operation, e.unit, e.num_elems] for e in self.entries])
 
     def close(self) -> None:
-        """Stop the watchdog."""
+        """Stop the watchdog, and wait until it has."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(2 * HEARTBEAT_S)
+            atexit.unregister(self.close)
 
     def _key(self, rank: int) -> str:
         return f"tritonspeed/position/{rank}"
