@@ -103,7 +103,7 @@ class Custom(Net):
         return self(tokens).argmax(-1)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return tuple(self.head.weight.shape)
 
 
@@ -144,7 +144,7 @@ def test_what_is_not_built_says_so(name, told):
 
 
 def test_an_engine_is_a_module():
-    engine = make(settings(3))
+    engine: Any = make(settings(3))
     assert isinstance(engine, torch.nn.Module) and isinstance(engine.module, Net)
     assert not engine.eval().training and not engine.module.blocks[0].training
     assert engine.train().module.blocks[0].training

@@ -266,7 +266,8 @@ def together(samples: list[Any]) -> Tensor:
 
 def loaded(drop_last: bool) -> list[list[int]]:
     config = settings(0, dataloader_drop_last=drop_last)
-    loader = ts.initialize(model=Net(), config=config, training_data=range(11), collate_fn=together)[2]
+    data: Any = range(11)
+    loader: Any = ts.initialize(model=Net(), config=config, training_data=data, collate_fn=together)[2]
     return [part.tolist() for part in loader]
 
 

@@ -46,14 +46,13 @@ def initialize(
         args: a namespace whose ``deepspeed_config`` is the config, where ``config`` is not given.
         model: the module to train; it is sharded in place.
         optimizer: an elementwise ``torch.optim`` optimizer over the model's parameters, or a callable that makes one
-        from
-            them; None takes the config's "optimizer" block, or makes an engine without optimizer.
+            from them; None takes the config's "optimizer" block, or makes an engine without optimizer.
         model_parameters: what the config's optimizer updates, parameters or groups; None is every trainable one.
         training_data: a dataset to make a data loader of, split over the ranks.
         lr_scheduler: an object with ``step()``, or a callable that makes one from the optimizer; None takes the
-        config's.
+            config's.
         distributed_port: MASTER_PORT where the launcher set none.
-        mpu: an object with ``get_data_parallel_group()``.
+        mpu: an object with ``get_data_parallel_group()``: the ranks that share this model.
         dist_init_required: False if torch.distributed must not be started here.
         collate_fn: of the data loader.
         config: path, dict, hjson text or ``Config``; ``config_params`` is its older name.
