@@ -115,6 +115,24 @@ def test_several_under_way(ranks: Any, world: int, way: str) -> None:
     ranks(world, several, way)
 
 
+def many_small() -> int:
+    """More operations than there are counters, far fewer bytes than there is room."""
+    mesh = mesh_by("shared")
+    windows = mesh.windows()
+    assert windows is not None
+    before = windows.num_streams
+    for number in range(600):
+        whole = torch.full((mesh.world,), -1.0)
+        whole[mesh.rank] = number + mesh.rank
+        comm.all_gather_(mesh, whole, "small").wait()
+        assert whole.tolist() == [number + r for r in range(mesh.world)]
+    return windows.num_streams - before
+
+
+def test_any_number_of_small_operations_goes_through_shared_memory(ranks: Any) -> None:
+    assert ranks(2, many_small) == [600, 600]
+
+
 def broadcast(source: int) -> None:
     mesh = comm.mesh_of()
     for dtype in (*DTYPES, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn):
