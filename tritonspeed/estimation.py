@@ -7,9 +7,8 @@ Between two steps, for P elements of a bucket (padding included), N ranks, c = b
 
 From backward to the step it adds the gradients, 4·P/N (stage 0: 4·P; in the accumulate dtype). The peak adds what is on
 its way: at stage 3 the units that are whole, and at every stage one gradient that fills (c·P), one that travels, and
-what
-the peers send of it (c·P·(N-1)/N). It is found by walking one training iteration with the very order and limits that
-the run uses, on integers.
+what the peers send of it (c·P·(N-1)/N). It is found by walking one training iteration with the very order and limits
+that the run uses, on integers.
 
     estimate(model, "ds_config.json", world_size=8).total_peak_bytes
 

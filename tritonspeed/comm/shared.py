@@ -1,11 +1,9 @@
 """Ranks on one CPU host exchange through memory they share, not through the loopback network.
 
 Each rank owns one window of /dev/shm that all others map. A rank *posts* what it has into its own window, the others
-read
-it where it stands: an all-gather is one copy in and one out, and a reduce-scatter adds the peers' blocks without
-copying
-them at all. 58 MiB bf16 on 2 ranks of a 2-core machine, medians: all-gather 11 ms by gloo sends and receives, 5.5 here;
-reduce-scatter 19 and 9, of which 8 are the sum itself (bench/systems/wire.py).
+read it where it stands: an all-gather is one copy in and one out, and a reduce-scatter adds the peers' blocks without
+copying them at all. 58 MiB bf16 on 2 ranks of a 2-core machine, medians: all-gather 11 ms by gloo sends and receives,
+5.5 here; reduce-scatter 19 and 9, of which 8 are the sum itself (bench/systems/wire.py).
 
 Every rank opens the same streams in the same order, so that where one stands, and whether it fits, follows from its
 number alone. What is larger than a region goes through it in pieces, two halves in turn. A window begins with counters

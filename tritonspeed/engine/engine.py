@@ -95,8 +95,7 @@ class Engine(Getters, nn.Module):
                 return self.module(*args, **kwargs)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """``loss`` times the loss scale: for those who call ``.backward()`` on the result themselves (fp16 needs
-        it)."""
+        """``loss`` times the loss scale, for those who call ``.backward()`` themselves; fp16 needs it."""
         self._loss_was_scaled = True
         return loss * self.loss_scale()
 

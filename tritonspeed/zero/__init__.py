@@ -1,12 +1,10 @@
 """ZeRO: a training step as a loop over shards.
 
 Bottom up: ``stages`` what is sharded (a table) · ``layout`` where every element is (integers) · ``plan`` which
-parameter
-belongs to which unit · ``bucket`` one flat buffer over the ranks · ``group`` one unit at run time · ``order`` what
-comes
-next · ``reduce`` gradients leave in a fixed order · ``hooks`` when all this happens · ``step`` the optimizer over
-chunks ·
-``init``, ``gathered``, ``access`` building, looking and changing · ``shard`` the parts together.
+parameter belongs to which unit · ``options`` what the config says of it · ``bucket`` one flat buffer over the ranks ·
+``group`` one unit at run time · ``order`` what comes next · ``reduce`` gradients leave in a fixed order · ``guard``
+what a sharded module shows · ``hooks`` when all this happens · ``step`` the optimizer over chunks · ``init``,
+``gathered``, ``access`` building, looking and changing · ``shard`` the parts together.
 """
 
 from tritonspeed.zero.access import (

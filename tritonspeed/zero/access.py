@@ -1,8 +1,7 @@
 """Read and write one parameter's master, gradient or optimizer state, whole or this rank's part, at any stage.
 
 Names and signatures are DeepSpeed's (``deepspeed.utils.safe_get_full_fp32_param`` and its kin). The *full* ones are
-collective: every rank calls them, with the same parameter. The *local* ones give this rank's part of the parameter,
-flat.
+collective: every rank calls them, with the same parameter. The *local* ones give this rank's part of it, flat.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@
     backward has ended       what is left: units without such inputs, gradients not yet sent     (engine callback)
 
 The hooks sit on modules, not on the engine, so ``model(...)``, ``model.encoder(...)`` and ``generate`` work as they
-are.
-Recomputation inside backward (activation checkpointing, reentrant or not) finds its unit whole, or makes it so.
+are. Recomputation inside backward (activation checkpointing, reentrant or not) finds its unit whole, or makes it so.
 What a module shows of its parameters between those events is ``guard``'s.
 """
 

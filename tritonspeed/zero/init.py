@@ -4,11 +4,9 @@
         model = HugeModel()          # every rank keeps 1/N of each parameter, rank 0's values
 
 PyTorch's own registration hook tells when a module joins its parent: by then it is constructed. Initialisation that
-comes
-later in a constructor (``nn.init.normal_(self.fc.weight)``, ``self.apply(init)``) finds the values whole, and what it
-writes
-is kept. Parameters on the meta device have no values yet: ``reset_parameters`` makes them, one unit at a time, when the
-model is sharded.
+comes later in a constructor (``nn.init.normal_(self.fc.weight)``, ``self.apply(init)``) finds the values whole, and
+what it writes is kept. Parameters on the meta device have no values yet: ``reset_parameters`` makes them, one unit at a
+time, when the model is sharded.
 """
 
 from __future__ import annotations

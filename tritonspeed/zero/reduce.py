@@ -92,8 +92,7 @@ class Reducer(Generic[B]):
 
     @property
     def _accumulates(self) -> bool:
-        """Whether gradients are summed locally before they leave. The same on every rank: it decides the wire's
-        dtype."""
+        """Whether gradients are summed before they leave. The same on every rank: it decides the wire's dtype."""
         local = self.num_accumulated > 1 or not self.sending or self._held_back
         return local and not self.shards_gradients
 
