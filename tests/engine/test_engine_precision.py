@@ -141,6 +141,29 @@ def test_unused_parameters_are_an_error_on_request(ranks, stage, accumulation, t
     assert ranks(2, unused, stage, True, accumulation) == [[], []]
 
 
+class Sometimes(Net):
+    """Leaves its last block out when told to."""
+
+    whole = True
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks if self.whole else list(self.blocks)[:-1]:
+            x = block(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_was_used_before_may_be_unused_now(stage):
+    zero = {"stage": stage, "ignore_unused_parameters": False, "stage3_param_persistence_threshold": 0}
+    engine = make(settings(stage, zero_optimization=zero), Sometimes)
+    engine.backward(engine(*batch(0, 0)))
+    engine.step()
+    engine.module.whole = False
+    with pytest.raises(ValueError, match=r"7 trainable parameter\(s\).*blocks\.2\."):
+        engine.backward(engine(*batch(0, 1)))
+
+
 def test_all_parameters_used_is_no_error():
     zero = {"stage": 2, "ignore_unused_parameters": False}
     engine = make(settings(2, zero_optimization=zero), lambda: Net(tied=True, recompute="plain"))

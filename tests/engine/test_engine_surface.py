@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
+import time
 from typing import Any
 
 import pytest
@@ -189,8 +191,15 @@ def test_the_report_has_every_fact():
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.loss = 0.0
     assert str(report).startswith(f"step 1 · loss {report.loss:.4f} · grad norm {report.grad_norm:.4g} · lr 0.1")
-    first_ms = report.forward_ms
-    assert step(engine).forward_ms != first_ms  # of this step alone
+
+
+def test_times_are_of_one_step_and_all_its_micro_steps(monkeypatch):
+    ticks = itertools.count()  # every look at the clock is a second after the last
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    engine = make(settings(1, 3))
+    for number in range(2):
+        report = step(engine, number)
+        assert (report.forward_ms, report.backward_ms, report.step_ms) == (3000.0, 3000.0, 1000.0)
 
 
 # the plan

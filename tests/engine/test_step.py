@@ -167,6 +167,45 @@ def test_the_batch_grows_by_accumulation():
     assert engine.get_batch_info() == (15, 5, 3)
 
 
+def test_the_caller_who_decides_alone_is_counted_by_backwards():
+    """managed_gradient_accumulation false: a step takes as many samples as there were backwards."""
+    engine = make(settings(2, managed_gradient_accumulation=False, gradient_clipping=0), Weight)
+    for num_backwards, samples in ((3, 6), (1, 8)):
+        for _ in range(num_backwards):
+            engine.backward(engine(x(1.0)))
+        engine.step()
+        assert engine.get_global_grad_norm() == pytest.approx(num_backwards * 3**0.5)
+        assert engine.global_samples == samples
+
+
+def collectives(stage: int) -> list[int]:
+    """How many each of two accumulating micro-steps, one under no_sync, and one at the boundary issue."""
+    engine = make(settings(stage, 3))
+    counts = []
+
+    def count(micro: int) -> None:
+        before = engine.mesh.flight.seq
+        engine.backward(engine(*batch(dist.get_rank(), micro)))
+        counts.append(engine.mesh.flight.seq - before)
+        if len(counts) != 3:
+            engine.step()
+
+    count(0)
+    count(1)
+    if stage < 2:
+        with engine.no_sync():
+            count(2)
+    count(3)
+    return counts
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_stages_0_and_1_send_gradients_at_the_boundary_alone(ranks, stage):
+    num_buckets = 4
+    want = [0, 0, 0, num_buckets] if stage < 2 else [num_buckets] * 3
+    assert ranks(2, collectives, stage) == [want, want]
+
+
 @pytest.mark.parametrize("size", [0, 1, 3, -4])
 def test_a_batch_that_does_not_divide_is_refused(size):
     engine = make(settings(0))
