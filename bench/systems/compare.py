@@ -4,8 +4,8 @@
 
 VENV is what bench/peers/setup.sh makes. Every round runs every entry once, each round starting with another, each run
 waiting first for an idle machine and repeated when others took it meanwhile; the step time is the median over all
-rounds' steps. Memory comes from one more run per entry, under the storage counter. The table lists first the shapes
-and stages where a peer wins.
+undisturbed rounds' steps. Memory comes from one more run per entry, under the storage counter. The table lists first
+the shapes and stages where a peer wins.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.harness import RESULTS, device_name, machine
-from bench.systems.launch import OURS, RunFailed, python_for, quiet_run, run
+from bench.systems.launch import OURS, QUIET_CORES, RunFailed, python_for, quiet_run, run
 from bench.systems.model import SHAPES
 
 MIB = 2**20
@@ -59,7 +59,7 @@ ENTRIES = (
 
 @dataclass
 class Row:
-    """One entry on one shape. Bytes are per rank, the larger rank's."""
+    """One entry on one shape: bytes of the larger rank, times of the undisturbed runs, if there are any."""
 
     shape: str
     entry: str
@@ -67,6 +67,7 @@ class Row:
     stage: int
     median_s: float
     best_s: float
+    disturbed: bool
     steps_s: list[list[float]]
     others_cores: list[float]
     storage_peak_bytes: int
@@ -114,7 +115,8 @@ def measure(
     for entry in entries:
         if entry not in failures:
             *timed, counted = runs[entry]
-            every = [second for result in timed for second in result["step_s"]]
+            quiet = [result for result in timed if result["others_cores"] <= QUIET_CORES]
+            every = [second for result in quiet or timed for second in result["step_s"]]
             rows.append(
                 Row(
                     shape=shape,
@@ -123,6 +125,7 @@ def measure(
                     stage=entry.stage,
                     median_s=statistics.median(every),
                     best_s=min(every),
+                    disturbed=not quiet,
                     steps_s=[result["step_s"] for result in timed],
                     others_cores=[result["others_cores"] for result in timed],
                     storage_peak_bytes=counted["storage_peak_bytes"],
@@ -185,7 +188,8 @@ def markdown(rows: Sequence[Row], lost: Sequence[str], failures: Sequence[str]) 
             peer = best_peer(row, rows)
             ratio = f"{row.median_s / peer.median_s:.2f}" if peer else "-"
             memory = f"{row.storage_peak_bytes / MIB:.0f} | {row.resident_peak_bytes / MIB:.0f}"
-            lines.append(f"| {row.entry} | {row.median_s:.3f} | {row.best_s:.3f} | {ratio} | {memory} |")
+            busy = " (machine busy)" if row.disturbed else ""
+            lines.append(f"| {row.entry}{busy} | {row.median_s:.3f} | {row.best_s:.3f} | {ratio} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
