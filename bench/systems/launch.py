@@ -47,7 +47,7 @@ def run(
     """Launch run_one on `num_ranks` gloo ranks, one torch thread each (torchrun's default), and return what it printed.
 
     A run that printed its result and then aborted while the interpreter was taken down ("terminate called without an
-    active exception": seen with DeepSpeed and with ours) is returned too, with its "exit_status" beside the rest.
+    active exception": seen with plain DDP, DeepSpeed and ours) is returned too, with its "exit_status" beside the rest.
     "others_cores" says how many cores worked for somebody else meanwhile.
 
     Raises:
