@@ -90,7 +90,9 @@ def get(sharding: str, optimizer: str) -> None:
                 torch.testing.assert_close(local, full, rtol=0, atol=0)
             assert safe_get_full_grad(p) is None, "the step has used it up"
     fixed = net.blocks[1].up.bias
-    torch.testing.assert_close(safe_get_full_fp32_param(fixed), plain.model.blocks[1].up.bias.detach(), **CLOSE)
+    torch.testing.assert_close(
+        safe_get_full_fp32_param(fixed), plain.model.get_parameter("blocks.1.up.bias").detach(), **CLOSE
+    )
     assert_at_rest(net._tritonspeed)
 
 
@@ -121,7 +123,7 @@ def set_all(sharding: str, optimizer: str) -> None:
     fixed = torch.randn(27)
     safe_set_full_fp32_param(net.blocks[1].up.bias, fixed)
     with torch.no_grad():
-        plain.model.blocks[1].up.bias.copy_(fixed)
+        plain.model.get_parameter("blocks.1.up.bias").copy_(fixed)
         for p, master in zip(plain.parameters, plain.masters, strict=True):
             p.copy_(master)
     for step in (1, 2):

@@ -32,9 +32,7 @@ LOSS_PICTURE, BYTES_PICTURE = "loss.png", "bytes.png"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `demo`."""
-    parser.add_argument(
-        "--config", default=str(CONFIG), help="a ds_config.json (default: the one of examples/)"
-    )
+    parser.add_argument("--config", default=str(CONFIG), help="a ds_config.json (default: the one of examples/)")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it leaves (%(default)s)")
     parser.add_argument(
         "--data", metavar="PATH", help="a text file, or a folder of them (default: Python's standard library)"

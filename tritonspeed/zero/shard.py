@@ -7,7 +7,7 @@ optimizer.step()
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from tritonspeed.zero.plan import UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
 from tritonspeed.zero.stages import Stage, stage_of
 from tritonspeed.zero.step import ZeroOptimizer
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class ShardedModel:
@@ -168,7 +171,7 @@ def _check_free(model: nn.Module) -> None:
 
 
 def shard(
-    model: nn.Module,
+    model: M,
     optimizer: torch.optim.Optimizer | None = None,
     stage: int = 3,
     precision: str | Policy | None = None,
@@ -176,7 +179,7 @@ def shard(
     options: ShardOptions | None = None,
     scaler: LossScaler | None = None,
     mesh: Mesh | None = None,
-) -> tuple[nn.Module, ZeroOptimizer | None]:
+) -> tuple[M, ZeroOptimizer | None]:
     """Shard a model and step an optimizer on the shards, without an engine.
 
     Args:
