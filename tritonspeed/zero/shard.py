@@ -26,7 +26,6 @@ from tritonspeed.zero.reduce import Reducer, departure_order
 from tritonspeed.zero.stages import Stage, stage_of
 from tritonspeed.zero.step import ZeroOptimizer
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
