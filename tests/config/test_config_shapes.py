@@ -282,6 +282,7 @@ SHAPES = {
         },
         refused=["hybrid_engine.enabled", *zero("zero_quantized_nontrainable_weights")],
         inert=[
+            "prescale_gradients",
             "hybrid_engine.max_out_tokens",
             "hybrid_engine.inference_tp_size",
             "tensorboard.enabled",

@@ -80,10 +80,11 @@ def test_sums_of_gradients_are_honoured_at_every_stage(stage):
     assert row(config, "gradient_allreduce_op").verdict == "honoured"
 
 
-def test_predivide_acts_without_prescale_only():
-    assert row(resolved(gradient_predivide_factor=2), "gradient_predivide_factor").verdict == "honoured"
+def test_dividing_before_the_exchange_is_answered_with_a_reason():
     config = resolved(gradient_predivide_factor=2, prescale_gradients=True)
-    assert row(config, "gradient_predivide_factor").verdict == "inert"
+    for key in ("gradient_predivide_factor", "prescale_gradients"):
+        assert row(config, key).verdict == "inert"
+        assert "fp32" in row(config, key).note
 
 
 def test_leaf_modules_have_deepspeeds_defaults():
