@@ -189,7 +189,7 @@ def test_inside_a_slurm_allocation(lines, monkeypatch: pytest.MonkeyPatch, capsy
         (("--launcher", "pdsh", "--launcher_args", "-f 8"), "--launcher ssh"),
         (("--elastic_training",), "--num_nodes MIN:MAX"),
         (("--max_elastic_nodes", "4"), "--num_nodes MIN:MAX"),
-        (("--autotuning", "tune"), "tritonspeed estimate"),
+        (("--autotuning", "tune"), "ts.estimate"),
         (("--include", "a", "--num_gpus", "2"), "drop --num_nodes and --num_gpus"),
         (("--hostfile", "hosts", "--num_nodes", "3:2"), "MIN ≤ MAX"),
         (("--hostfile", "hosts", "--num_nodes", "x"), "MIN ≤ MAX"),

@@ -20,7 +20,6 @@ COMMANDS = {
     "run": "start a training script on one or many ranks, with DeepSpeed's launcher flags, over torchrun",
     "report": "what this machine has, what works on it, and what to do where it does not",
     "check": "what each key of a ds_config.json does here",
-    "estimate": "bytes per rank of a training run, before it runs",
     "demo": "train a small language model under ZeRO-3 and draw where its bytes are",
 }
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     refused.add_argument("--elastic_training", action="store_true", help="use --num_nodes MIN:MAX")
     refused.add_argument("--min_elastic_nodes", metavar="N", help="use --num_nodes MIN:MAX")
     refused.add_argument("--max_elastic_nodes", metavar="N", help="use --num_nodes MIN:MAX")
-    refused.add_argument("--autotuning", metavar="tune|run", help="use `tritonspeed estimate`")
+    refused.add_argument("--autotuning", metavar="tune|run", help="use ts.estimate(model, config, world_size)")
     parser.add_argument("script", metavar="train.py", help="the script, the module or the program")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
 
@@ -73,8 +73,8 @@ def refuse(args: argparse.Namespace) -> None:
         )
     if args.autotuning:
         raise ValueError(
-            f"--autotuning {args.autotuning} is not provided: `tritonspeed estimate` computes the bytes of each stage "
-            "without running anything"
+            f"--autotuning {args.autotuning} is not provided: ts.estimate(model, config, world_size) computes "
+            "the bytes of each stage without running anything"
         )
     if args.launcher in _REFUSED_LAUNCHERS:
         raise ValueError(
