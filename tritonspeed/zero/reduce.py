@@ -112,7 +112,7 @@ class Reducer(Generic[B]):
 
     def _count(self, bucket: B) -> None:
         self._arrived[self._position[id(bucket)]] += 1
-        if self.sending and self.overlap:
+        if self.sending:
             while self._next < len(self.buckets) and self._arrived[self._next] >= self._expected[self._next]:
                 self._send(self.buckets[self._next])
                 self._next += 1
