@@ -109,6 +109,7 @@ class FlightRecorder:
         if self._thread is not None:
             self._thread.join(2 * HEARTBEAT_S)
             atexit.unregister(self.close)
+        self._store = None
 
     def _key(self, rank: int) -> str:
         return f"tritonspeed/position/{rank}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -130,14 +131,23 @@ def mesh_of(group: dist.ProcessGroup | None = None, device: torch.device | None 
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         store = dist.distributed_c10d._get_default_store() if world > 1 and backend != "fake" else None
         mesh = Mesh(rank, world, device, backend, group, FlightRecorder(rank, world, store), _timeout_s)
+        if not _meshes:
+            # a process group that outlives the interpreter's last statement may abort the process: let go of it before
+            atexit.register(_let_go)
         _meshes[id(group)] = mesh
     return mesh
 
 
 def shutdown() -> None:
     """End the default process group, where there is one, and forget its meshes."""
-    for mesh in _meshes.values():
-        mesh.flight.close()
-    _meshes.clear()
+    _let_go()
     if is_initialized():
         dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """Drop what we hold of the process groups: engines may still hold their meshes."""
+    for mesh in _meshes.values():
+        mesh.flight.close()
+        object.__setattr__(mesh, "group", None)
+    _meshes.clear()
