@@ -65,5 +65,5 @@ def explain_plan(sharded: ShardedModel, optimizer: ZeroOptimizer | None) -> str:
     held = sharded.ledger.bytes_of
     table.caption = " · ".join(f"{name} {held[name]:,} bytes" for name in held) + " on this rank now"
     text = StringIO()
-    Console(file=text, width=140, force_jupyter=False).print(table)
+    Console(file=text, width=140, force_jupyter=False, force_terminal=False).print(table)
     return text.getvalue()
