@@ -85,9 +85,7 @@ def all_gather_(mesh: Mesh, whole: Tensor, unit: str) -> Pending:
     return Pending(mesh, works)
 
 
-def reduce_scatter(
-    mesh: Mesh, whole: Tensor, out: Tensor, accumulate: bool, unit: str, scratch: Callable[[int], Tensor] | None = None
-) -> Pending:
+def reduce_scatter(mesh: Mesh, whole: Tensor, out: Tensor, accumulate: bool, unit: str) -> Pending:
     """Sum ``whole`` over the ranks in fp32, in rank order, and keep this rank's slice.
 
     Args:
@@ -95,22 +93,19 @@ def reduce_scatter(
         out: (S,), fp32 (or fp64): receives the sum.
         accumulate: add to ``out`` rather than overwrite it.
         unit: the name under which the flight log and errors know this.
-        scratch: gives (n,) elements of whole's dtype for what the peers send; None allocates.
 
     Returns:
         The pending operation; the sum is taken inside its ``wait()``.
     """
     slices = whole.view(mesh.world, -1)
     own = slices[mesh.rank]
-    if mesh.world > 1:
-        mesh.flight.record("reduce-scatter", unit, whole.numel())
     if mesh.world == 1:
         return Pending(mesh, [], lambda: _sum_into(out, [own], accumulate))
+    mesh.flight.record("reduce-scatter", unit, whole.numel())
     if (windows := mesh.windows()) is not None and (stream := windows.open(own.nbytes, mesh.world - 1)) is not None:
         return _reduce_shared(mesh, windows, stream, slices, out, accumulate)
     if mesh.backend == "gloo":
-        num_elems = (mesh.world - 1) * own.numel()
-        received = (scratch(num_elems) if scratch else whole.new_empty(num_elems)).view(mesh.world - 1, -1)
+        received = whole.new_empty(mesh.world - 1, own.numel())
         parts = [own if r == mesh.rank else received[r - (r > mesh.rank)] for r in range(mesh.world)]
         works = _exchange_point_to_point(mesh, list(slices.unbind()), parts)
         return Pending(mesh, works, lambda: _sum_into(out, parts, accumulate))

@@ -125,7 +125,7 @@ class Reducer(Generic[B]):
             # what several segments of backward use arrives several times: next time wait for all of them
             self._expected = [n or usual for n, usual in zip(self._arrived, self._usual, strict=True)]
         self._held_back = not self.sending
-        self._drain(0)
+        self._drain()
         self._arrived = [0] * len(self.buckets)
         self._next = 0
 
@@ -151,11 +151,11 @@ class Reducer(Generic[B]):
         """Send everything that is held back, on every rank alike: late gradients, an accumulation cut short."""
         for bucket in self.buckets:
             self._send(bucket)
-        self._drain(0)
+        self._drain()
 
     def reset(self) -> None:
         """Forget a backward that did not finish, and every gradient of its step."""
-        self._drain(0)
+        self._drain()
         self._arrived = [0] * len(self.buckets)
         self._next = 0
         self._used.clear()
@@ -170,10 +170,10 @@ class Reducer(Generic[B]):
             self._finish_oldest()
         self._under_way.append((bucket, bucket.send(self._accumulates)))
         if not self.overlap:
-            self._drain(0)
+            self._drain()
 
-    def _drain(self, keep: int) -> None:
-        while len(self._under_way) > keep:
+    def _drain(self) -> None:
+        while self._under_way:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:

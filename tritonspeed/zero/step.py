@@ -133,6 +133,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.scaler = scaler or LossScaler()
         self.gradient_clipping, self.average, self.check_overflow = gradient_clipping, average, check_overflow
         self.chunks = self._take_over(sub_group_size)
+        self._chunks_in: dict[int, list[Chunk]] = {id(bucket): [] for bucket in buckets}
+        for chunk in self.chunks:
+            self._chunks_in[id(chunk.bucket)].append(chunk)
         if any(group.get("stochastic_rounding") for group in inner.param_groups):
             for bucket in buckets:
                 bucket.keep_rounded()
@@ -264,7 +267,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 yield state[start - chunk.start : end - chunk.start], start
 
     def _chunks_of(self, bucket: Bucket) -> list[Chunk]:
-        return [c for c in self.chunks if c.bucket is bucket]
+        return self._chunks_in[id(bucket)]
 
     def _step_generic(self, scale: Tensor) -> None:
         """Any other torch optimizer: hand it fp32 gradients, one call for all chunks."""
