@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tritonspeed import comm as comm
     from tritonspeed import config as config
     from tritonspeed import kernels as kernels
+    from tritonspeed import nn as nn
     from tritonspeed import optim as optim
     from tritonspeed import precision as precision
     from tritonspeed import zero as zero
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tritonspeed.engine import initialize as initialize
     from tritonspeed.estimation import estimate as estimate
 
-_MODULES = ("comm", "config", "kernels", "optim", "precision", "zero")
+_MODULES = ("comm", "config", "kernels", "nn", "optim", "precision", "zero")
 _NAMES = {
     "Engine": "engine",
     "StepReport": "engine",

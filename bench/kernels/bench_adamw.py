@@ -6,19 +6,18 @@ Bytes: n · (24 + 2 + 2), as in the kernel's docstring; each variant is charged 
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.harness import device_from, interleaved_ms, num_rotations, parser, report, rows_of, stream_gb_per_s
 from tritonspeed.kernels import adamw_
-from tritonspeed.kernels.adamw import AdamWLaunch, AdamWStep, adamw_reference, launch_adamw_
+from tritonspeed.kernels.adamw import ADAMW, AdamWLaunch, adamw_reference
 
 BYTES_PER_ELEM = 28
 HYPER = {"step": 7, "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 TORCH = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False, "maximize": False}
-STEP = AdamWStep(7, 1e-3, 0.9, 0.95, 1e-8, 0.1, decoupled=True, bias_correction=True, seed=None, first_element=0)
 
 
 @dataclass
@@ -51,9 +50,8 @@ def ours(s: State, seed: int | None = None) -> None:
 
 def pinned(launch: AdamWLaunch) -> Callable[[State], None]:
     def run(s: State) -> None:
-        launch_adamw_(
-            s.master, s.exp_avg, s.exp_avg_sq, s.grad, s.grad_scale, s.param_out, None, replace(STEP), launch
-        )  # fmt: skip
+        with ADAMW.pinned(launch):
+            ours(s)
 
     return run
 

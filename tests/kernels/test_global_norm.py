@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lanes import TARGETS, build, compiled
 from tolerances import tolerance
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,9 +14,6 @@ from tritonspeed.kernels._triton import INTERPRETED
 from tritonspeed.kernels.global_norm import (
     CPU_CHUNK_ELEMS,
     SEGMENT,
-    GlobalNormLaunch,
-    _segment_kernel,
-    _total_kernel,
     sum_of_squares_reference,
 )
 
@@ -122,31 +118,6 @@ def test_errors_name_what_was_given() -> None:
         global_norm([torch.zeros(1), torch.zeros(1, device="meta")])
     with pytest.raises(ValueError, match="sum_of_squares: the tensors are on meta"):
         sum_of_squares(torch.zeros(1, device="meta"))
-
-
-@compiled
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_compiles_lean(target: str, itemsize: int) -> None:
-    machine = TARGETS[target]
-    launch = GlobalNormLaunch.heuristic(machine.warp_size)
-    # n is a plain i64, nothing known of it: the same code runs for odd sizes
-    signature = {"x_ptr": {2: "*bf16", 4: "*fp32"}[itemsize], "partial_ptr": "*fp64", "n": "i64"}
-    constants: dict[str, object] = {"SEGMENT": SEGMENT, "BLOCK": launch.block}
-    built = build(_segment_kernel, machine, signature, constants, launch.num_warps)
-    assert built.spilled_bytes == 0
-    assert built.shared_bytes <= 1024, "no more than the exchange between warps"
-    assert built.loads[16] == SEGMENT * itemsize // 16 // (launch.num_warps * machine.warp_size)
-
-
-@compiled
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_second_stage_compiles(target: str) -> None:
-    machine = TARGETS[target]
-    launch = GlobalNormLaunch.heuristic(machine.warp_size)
-    signature = {"partial_ptr": "*fp64", "total_ptr": "*fp64", "num_partials": "i32"}
-    built = build(_total_kernel, machine, signature, {"BLOCK": launch.block}, launch.num_warps)
-    assert built.spilled_bytes == 0 and built.shared_bytes <= machine.max_shared_bytes
 
 
 @pytest.mark.gpu

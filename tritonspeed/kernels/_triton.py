@@ -1,16 +1,21 @@
-"""Whether Triton is here. Where it is not (macOS, Windows), the kernels stay importable and only their CPU forms run.
+"""Whether Triton is here, which card a tensor is on, and the one door through which every kernel is launched.
 
+Where Triton is not installed (macOS, Windows), the kernels stay importable and only their CPU forms run.
 ``INTERPRETED`` is read once: a kernel is interpreted or compiled from the moment it is defined, so a later change of
 the flag could not move it.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from tritonspeed.kernels.cards import INTERPRETER, Card, read_card
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -30,7 +35,7 @@ else:
 
         HAS_TRITON = False
         triton = SimpleNamespace(jit=_leave_undefined)
-        tl = SimpleNamespace(constexpr=object)
+        tl = SimpleNamespace(constexpr=object, float32="fp32", float64="fp64")
 
 INTERPRETED: bool = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 DEVICES = ("cpu", "cuda", "xpu")
@@ -39,12 +44,16 @@ __all__ = [
     "DEVICES",
     "HAS_TRITON",
     "INTERPRETED",
+    "Launched",
+    "accumulator",
+    "card_of",
     "check_device",
-    "launch_options",
+    "launch",
     "on_device_of",
+    "recording",
+    "takes_reference",
     "tl",
     "triton",
-    "warp_size",
 ]
 
 
@@ -66,6 +75,11 @@ def check_device(operation: str, tensor: Tensor) -> None:
         )
 
 
+def takes_reference(tensor: Tensor) -> bool:
+    """A CPU tensor takes the reference, unless kernels are interpreted."""
+    return tensor.device.type == "cpu" and not INTERPRETED
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one: Triton launches on the current device, whatever the pointers say."""
     if tensor.device.type == "cpu":
@@ -73,11 +87,73 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
-def launch_options(num_warps: int) -> dict[str, Any]:
-    """Options of every launch: no contraction into multiply-adds, which could tell a full tile from a masked one."""
-    return {"num_warps": num_warps, "enable_fp_fusion": False}
+def accumulator(dtype: torch.dtype) -> Any:
+    """The type a kernel computes in, as its ``ACC: tl.constexpr``: fp64 for fp64 (gradcheck), else fp32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def warp_size() -> int:
-    """Threads that march together on the current device: 32, or 64 on AMD's CDNA."""
-    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """One launch that was recorded instead of carried out."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+_recorded: list[Launched] | None = None
+_pretended: Card | None = None
+
+
+@contextmanager
+def recording(card: Card) -> Iterator[list[Launched]]:
+    """Collect launches instead of carrying them out, chosen as if the tensors were on this card."""
+    global _recorded, _pretended
+    before = _recorded, _pretended
+    _recorded, _pretended = [], card
+    try:
+        yield _recorded
+    finally:
+        _recorded, _pretended = before
+
+
+def card_of(tensor: Tensor) -> Card:
+    """The card a launch on this tensor's device is chosen for."""
+    if _pretended is not None:
+        return _pretended
+    device = tensor.device
+    if device.type == "cpu":
+        return INTERPRETER
+    index = torch.get_device_module(device).current_device() if device.index is None else device.index
+    return read_card(device.type, index)
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *arguments: Any,
+    num_warps: int,
+    num_stages: int | None = None,
+    fp_fusion: bool = False,
+    **constants: Any,
+) -> None:
+    """Launch a kernel: the only place where it is done.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        grid: programs along one to three axes; nothing is launched where one of them is 0.
+        arguments: in the kernel's order, its ``tl.constexpr`` ones in ``constants`` by name.
+        num_stages: depth of the software pipeline, where a kernel has one.
+        fp_fusion: contract a · b + c into one rounding. Off, a full tile and a masked one cannot differ.
+    """
+    if 0 in grid:
+        return
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": fp_fusion}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    if _recorded is not None:
+        _recorded.append(Launched(kernel, tuple(grid), arguments, constants, options))
+        return
+    kernel[tuple(grid)](*arguments, **constants, **options)

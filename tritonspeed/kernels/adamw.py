@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonspeed.kernels._triton import INTERPRETED, check_device, launch_options, on_device_of, tl, triton, warp_size
+from tritonspeed.kernels._ops import register
+from tritonspeed.kernels._triton import INTERPRETED, card_of, check_device, launch, on_device_of, tl, triton
+from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.rounding import (
     GROUP_ELEMS,
     load_fp32,
@@ -36,6 +38,7 @@ from tritonspeed.kernels.rounding import (
     round_stochastic_reference,
     store,
 )
+from tritonspeed.kernels.tuned import Tunable
 
 # ns per element on one thread at 32 Mi elements (bf16 gradient, scale, bf16 copy; AMD EPYC with 1 MiB of L2 a core), by
 # chunk: 128 Ki 1.13, 256 Ki 0.95, 512 Ki 0.94, 1 Mi 0.98, 2 Mi 1.10. In a quieter run, 1 thread / 2 threads:
@@ -203,19 +206,19 @@ class AdamWLaunch:
     num_warps: int
 
     @classmethod
-    def heuristic(cls, warp_size: int) -> "AdamWLaunch":
+    def heuristic(cls, card: Card) -> "AdamWLaunch":
         # 256 threads × 4 elements: fp32 moves 16 bytes an access, no layout changes through shared memory and 38-44
         # registers a thread (sm_80 to sm_120), so every SM is full. Eight elements took 72 registers and 8 KiB of
         # shared memory for the fp32 stores (ptxas, triton 3.9).
-        return cls(block=1024, num_warps=256 // warp_size)
+        return cls(block=1024, num_warps=256 // card.warp_size)
+
+    @classmethod
+    def candidates(cls, card: Card) -> list["AdamWLaunch"]:
+        threads = {512: (128,), 1024: (128, 256), 2048: (256, 512), 4096: (512, 1024)}
+        return [cls(block, num // card.warp_size) for block, numbers in threads.items() for num in numbers]
 
 
-_library = torch.library.Library("tritonspeed", "FRAGMENT")
-_library.define(
-    "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor? grad_scale,"
-    " Tensor(d!)? param_out, Tensor? found_inf, SymInt step, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, bool decoupled, bool bias_correction, SymInt? seed, SymInt first_element) -> ()"
-)
+ADAMW = Tunable("adamw_", (_adamw_kernel,), AdamWLaunch, AdamWLaunch.heuristic, AdamWLaunch.candidates)
 
 
 def launch_adamw_(
@@ -227,18 +230,15 @@ def launch_adamw_(
     param_out: Tensor | None,
     found_inf: Tensor | None,
     at: AdamWStep,
-    launch: AdamWLaunch | None = None,
 ) -> None:
-    """Launch the kernel: the op on a GPU, and on a CPU under the interpreter. ``launch`` pins a configuration."""
+    """Launch the kernel: the op on a GPU, and on a CPU under the interpreter."""
     n = master.numel()
-    if n == 0:
-        return
     with on_device_of(master):
-        launch = launch or AdamWLaunch.heuristic(warp_size())
-        _adamw_kernel[(triton.cdiv(n, launch.block),)](
+        how = ADAMW.resolve(card_of(master))
+        launch(
+            _adamw_kernel, (triton.cdiv(n, how.block),),
             master, exp_avg, exp_avg_sq, grad, param_out, grad_scale, found_inf, n, at.seed, at.first_element,
-            *at.coefficients, DECOUPLED=at.decoupled, BLOCK=launch.block, INTERPRET=INTERPRETED,
-            **launch_options(launch.num_warps),
+            *at.coefficients, DECOUPLED=at.decoupled, BLOCK=how.block, INTERPRET=INTERPRETED, num_warps=how.num_warps,
         )  # fmt: skip
 
 
@@ -308,10 +308,14 @@ def _on_cpu_(*arguments: Any) -> None:
     _adamw_cpu_(*arguments[:7], at=AdamWStep(*arguments[7:]))
 
 
-_library.impl("adamw_", _launched_ if INTERPRETED else _on_cpu_, "CPU")
-for _key in ("CUDA", "XPU"):
-    _library.impl("adamw_", _launched_, _key)
-torch.library.register_fake("tritonspeed::adamw_", _adamw_shapes_, lib=_library)
+register(
+    "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor? grad_scale,"
+    " Tensor(d!)? param_out, Tensor? found_inf, SymInt step, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, bool decoupled, bool bias_correction, SymInt? seed, SymInt first_element) -> ()",
+    _launched_,
+    _adamw_shapes_,
+    _on_cpu_,
+)
 
 
 def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor, numel: int) -> None:

@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonspeed.kernels._triton import INTERPRETED, check_device, launch_options, on_device_of, tl, triton, warp_size
+from tritonspeed.kernels._ops import register
+from tritonspeed.kernels._triton import card_of, check_device, launch, on_device_of, tl, triton
+from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.rounding import load_fp32
+from tritonspeed.kernels.tuned import Tunable
 
 SEGMENT = 32 * 1024  # elements a program adds up: 8 bytes written for 64 KiB read, 32 programs for 1 Mi elements
 # ns per element, 1 thread / 2 threads, 32 Mi elements in fp32 (AMD EPYC): rows of 1 Ki 0.107 / 0.058, as fast as longer
@@ -74,30 +77,38 @@ class GlobalNormLaunch:
     num_warps: int
 
     @classmethod
-    def heuristic(cls, warp_size: int) -> "GlobalNormLaunch":
+    def heuristic(cls, card: Card) -> "GlobalNormLaunch":
         # 256 threads × 16 elements: 4 loads of 16 bytes in flight in 38-48 registers, six blocks an SM; half the block
         # takes 32 registers, twice 64-76 (ptxas, sm_80 and sm_90, triton 3.9)
-        return cls(block=4096, num_warps=256 // warp_size)
+        return cls(block=4096, num_warps=256 // card.warp_size)
+
+    @classmethod
+    def candidates(cls, card: Card) -> list["GlobalNormLaunch"]:
+        return [cls(block, n // card.warp_size) for block in (2048, 4096, 8192) for n in (128, 256, 512)]
 
 
-_library = torch.library.Library("tritonspeed", "FRAGMENT")
-_library.define("sum_of_squares(Tensor[] tensors) -> Tensor")
+GLOBAL_NORM = Tunable(
+    "sum_of_squares",
+    (_segment_kernel, _total_kernel),
+    GlobalNormLaunch,
+    GlobalNormLaunch.heuristic,
+    GlobalNormLaunch.candidates,
+)
 
 
-def launch_sum_of_squares(tensors: Sequence[Tensor], launch: GlobalNormLaunch | None = None) -> Tensor:
-    """The op on a GPU, and on a CPU under the interpreter. ``launch`` pins a configuration."""
+def launch_sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The op on a GPU, and on a CPU under the interpreter."""
     num_segments = [triton.cdiv(x.numel(), SEGMENT) for x in tensors]
     partials = torch.empty(sum(num_segments), dtype=torch.float64, device=tensors[0].device)
     total = torch.empty((), dtype=torch.float64, device=tensors[0].device)
     with on_device_of(total):
-        launch = launch or GlobalNormLaunch.heuristic(warp_size())
+        how = GLOBAL_NORM.resolve(card_of(total))
+        constants = {"BLOCK": how.block, "num_warps": how.num_warps}
         for x, partial in zip(tensors, partials.split(num_segments), strict=True):
-            if partial.numel():
-                _segment_kernel[(partial.numel(),)](
-                    x.contiguous(), partial, x.numel(), SEGMENT, launch.block,
-                    **launch_options(launch.num_warps),
-                )  # fmt: skip
-        _total_kernel[(1,)](partials, total, partials.numel(), launch.block, **launch_options(launch.num_warps))
+            launch(
+                _segment_kernel, (partial.numel(),), x.contiguous(), partial, x.numel(), SEGMENT=SEGMENT, **constants
+            )  # fmt: skip
+        launch(_total_kernel, (1,), partials, total, partials.numel(), **constants)
     return total
 
 
@@ -133,10 +144,9 @@ def _sum_of_squares_shape(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
-_library.impl("sum_of_squares", launch_sum_of_squares if INTERPRETED else _sum_of_squares_cpu, "CPU")
-for _key in ("CUDA", "XPU"):
-    _library.impl("sum_of_squares", launch_sum_of_squares, _key)
-torch.library.register_fake("tritonspeed::sum_of_squares", _sum_of_squares_shape, lib=_library)
+register(
+    "sum_of_squares(Tensor[] tensors) -> Tensor", launch_sum_of_squares, _sum_of_squares_shape, _sum_of_squares_cpu
+)
 
 
 def _check(operation: str, tensors: Sequence[Tensor]) -> None:

@@ -65,18 +65,27 @@ def round_stochastic_reference(x: Tensor, seed: int, first_element: int = 0) -> 
 
 
 @triton.jit
-def load_fp32(at, inside):
-    """Load and widen; ``inside`` None is the full tile, whose accesses are wide because no lane can be off."""
+def load(at, inside, ACC: tl.constexpr, EVICT: tl.constexpr):
+    """Load and widen to ACC; ``inside`` None is the full tile, whose accesses are wide because no lane can be off.
+
+    EVICT is a cache hint: "evict_first" for what is read once, "evict_last" for what is read again, "" for neither.
+    """
     if inside is None:
-        x = tl.load(at)
+        x = tl.load(at, eviction_policy=EVICT)
     else:
-        x = tl.load(at, mask=inside, other=0.0)
-    return x.to(tl.float32)
+        x = tl.load(at, mask=inside, other=0.0, eviction_policy=EVICT)
+    return x.to(ACC)
+
+
+@triton.jit
+def load_fp32(at, inside):
+    """``load`` for what is always computed in fp32."""
+    return load(at, inside, tl.float32, "")
 
 
 @triton.jit
 def store(at, x, inside):
-    """Store a value that has its final type; ``inside`` as in ``load_fp32``."""
+    """Store a value that has its final type; ``inside`` as in ``load``."""
     if inside is None:
         tl.store(at, x)
     else:
@@ -85,12 +94,19 @@ def store(at, x, inside):
 
 @triton.jit
 def round_nearest(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """fp32 → dtype, to nearest even."""
+    """fp32 → dtype, to nearest even; any type that is not bf16 is converted as it is."""
     if INTERPRET and dtype == tl.bfloat16:
+        x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def store_rounded(at, x, inside, INTERPRET: tl.constexpr):
+    """Round to nearest even in the pointer's type, and store; ``inside`` as in ``load``."""
+    store(at, round_nearest(x, at.dtype.element_ty, INTERPRET), inside)
 
 
 @triton.jit
