@@ -5,16 +5,21 @@
 Nothing is ever timed here: tuning is asked for explicitly (``tritonspeed tune``) and leaves a file, this reads it. So
 the same call takes the same configuration on every rank and in every run. A ``Launch`` is a frozen dataclass of ints;
 *features* are what a good one depends on besides the card: the row's length, a power of two for the rows, the type.
+
+Which stores: those of ``use_stores``; until it is called, the user's default folder and the shipped one
+(``kernels.store``), opened when the first configuration is asked for.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from tritonspeed.kernels.cards import Card
+from tritonspeed.kernels.source_hash import source_hash
 
 Feature = int | str | bool
 L = TypeVar("L")
@@ -66,16 +71,21 @@ class Tunable(Generic[L]):
         return found
 
     def _look_up(self, card: Card, features: dict[str, Feature]) -> L:
-        for store in _stores:
+        for store in stores_in_use():
             fields = store.lookup(card, self.name, self.source, features_key(features))
-            if fields is not None:
+            if fields is not None and fields.keys() == self.fields:  # else the decision has got other fields since
                 return self.launch(**fields)
         return self.heuristic(card, **features)
 
-    @property
+    @cached_property
     def source(self) -> str:
         """A hash of the kernels' source and of all they call."""
-        return "-".join(kernel.cache_key[:16] for kernel in self.kernels)
+        return source_hash(*self.kernels)
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """The names that a configuration consists of."""
+        return frozenset(field.name for field in dataclasses.fields(self.launch))  # type: ignore[arg-type]
 
     @contextmanager
     def pinned(self, launch: L) -> Iterator[None]:
@@ -92,15 +102,26 @@ class Tunable(Generic[L]):
 
 
 TUNABLES: dict[str, Tunable[Any]] = {}
-_stores: list[Store] = []
+_stores: list[Store] | None = None  # None: nobody has chosen yet
 _listeners: list[Callable[[Tunable[Any], Card, dict[str, Feature]], None]] = []
 
 
 def use_stores(stores: Sequence[Store]) -> None:
     """Where configurations are looked up from now on, in this order."""
-    _stores[:] = stores
+    global _stores
+    _stores = list(stores)
     for tunable in TUNABLES.values():
         tunable.forget()
+
+
+def stores_in_use() -> list[Store]:
+    """Where configurations are looked up: the first call opens the default ones if no others were chosen."""
+    global _stores
+    if _stores is None:
+        from tritonspeed.kernels.store import default_stores  # it stands on this file
+
+        _stores = list(default_stores())
+    return _stores
 
 
 @contextmanager
