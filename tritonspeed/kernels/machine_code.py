@@ -138,7 +138,7 @@ def _read_ptx(binary: Any, card: Card, fp_fusion: bool) -> MachineCode:
     assert spills and registers, f"the assembler reports spills and registers: {said}"
     loads = _ptx_widths(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
     loads.update(
-        int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)(?:, |;)", ptx) if size
+        int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)(?:, |;)", ptx) if size
     )
     return MachineCode(
         registers=max(map(int, registers)),
