@@ -1,9 +1,7 @@
 """What every bench shares: timing, roofs, the machine's header, the table and the JSON it leaves.
 
 A bench names the bytes or flops an operation must move, hands over all variants at once, and gets medians that were
-taken in turns: a neighbour's load or a clock change hits each of them alike. On a GPU each call meets buffers that have
-left the cache, because they are taken in rotation from more of them than the cache holds, and a spin kernel in front
-lets the host run ahead, so that launches are not counted.
+taken in turns, as the tuner takes them (`tritonspeed/tuning/timing.py`).
 """
 
 import argparse
@@ -12,42 +10,44 @@ import os
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-Buffers = TypeVar("Buffers")
+from tritonspeed.tuning.timing import (
+    PEAKS,
+    Peak,
+    device_name,
+    interleaved_ms,
+    num_rotations,
+    stream_gb_per_s,
+    time_call_ms,
+)
+
+__all__ = [
+    "PEAKS",
+    "RESULTS",
+    "Peak",
+    "Row",
+    "device_from",
+    "device_name",
+    "interleaved_ms",
+    "losses",
+    "machine",
+    "num_rotations",
+    "parser",
+    "report",
+    "rows_of",
+    "stream_gb_per_s",
+    "time_call_ms",
+]
 
 RESULTS = Path(__file__).parent / "results"
-CACHES_TO_FLUSH = 3  # rotate through this many times the last-level cache
-SPIN_CYCLES = 1_000_000  # about half a millisecond: longer than any launch sequence here
-
-
-@dataclass(frozen=True)
-class Peak:
-    """A data sheet's figures, dense, without sparsity."""
-
-    memory_gb_per_s: float
-    bf16_tflop_per_s: float
-
-
-PEAKS = {  # the name as the driver gives it → data sheet
-    "NVIDIA A100-SXM4-40GB": Peak(1555, 312),
-    "NVIDIA A100-SXM4-80GB": Peak(2039, 312),
-    "NVIDIA H100 80GB HBM3": Peak(3350, 989),
-    "NVIDIA H100 PCIe": Peak(2039, 756),
-    "NVIDIA H200": Peak(4800, 989),
-    "NVIDIA L40S": Peak(864, 362),
-    "NVIDIA GeForce RTX 4090": Peak(1008, 165),
-    "AMD Instinct MI300X": Peak(5300, 1307),
-}
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,6 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="intra-op threads (CPU)")
     return p
-
-
-def _text_of(path: str, key: str) -> str:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
-
-
-def device_name(device: torch.device) -> str:
-    """The card's or the processor's marketing name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _text_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def machine(device: torch.device) -> dict[str, object]:
@@ -142,58 +127,6 @@ def _nvidia_smi(fields: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def num_rotations(set_bytes: int, device: torch.device) -> int:
-    """How many sets of buffers it takes until the first has left the cache; 1 on a CPU: choose shapes above it."""
-    if device.type != "cuda":
-        return 1
-    return 1 + -(-CACHES_TO_FLUSH * torch.cuda.get_device_properties(device).L2_cache_size // set_bytes)
-
-
-def time_call_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call: events on a GPU, the clock on a CPU."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(SPIN_CYCLES)
-    before.record()
-    call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after)
-
-
-def interleaved_ms(
-    variants: dict[str, Callable[[Buffers], object]], sets: Sequence[Buffers], device: torch.device, rounds: int
-) -> dict[str, list[float]]:
-    """Every variant once a round, each round starting with another one, after two rounds that warm up and are dropped.
-
-    Args:
-        variants: name → what to time; it gets one of ``sets``.
-        sets: buffers in rotation, ``num_rotations`` of them.
-    """
-    names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    calls = 0
-    for r in range(-2, rounds):
-        for k in range(len(names)):
-            name = names[(r + k) % len(names)]
-            buffers = sets[calls % len(sets)]
-            calls += 1
-            elapsed = time_call_ms(lambda name=name, buffers=buffers: variants[name](buffers), device)
-            if r >= 0:
-                times[name].append(elapsed)
-    return times
-
-
-def stream_gb_per_s(device: torch.device, rounds: int = 7) -> float:
-    """The measured roof: read and write one big buffer in place, as an optimizer does."""
-    x = torch.zeros(64 * 2**20 if device.type == "cpu" else 256 * 2**20, device=device)
-    best = min(time_call_ms(lambda: x.add_(1.0), device) for _ in range(rounds))
-    return 2 * x.numel() * x.element_size() / best / 1e6
 
 
 def rows_of(

@@ -12,6 +12,7 @@ from tritonspeed.kernels._triton import INTERPRETED
 
 GPU_KEYS = ("CUDA", "XPU")
 library = torch.library.Library("tritonspeed", "FRAGMENT")
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # op → what launches its kernels: how a tuner sees them without a GPU
 
 
 def register(
@@ -27,6 +28,7 @@ def register(
     """
     name = schema.split("(", 1)[0]
     library.define(schema)
+    LAUNCHERS[name] = run
     on_cpu = run if INTERPRETED else cpu
     if on_cpu is not None:
         library.impl(name, on_cpu, "CPU")

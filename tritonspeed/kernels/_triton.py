@@ -76,8 +76,8 @@ def check_device(operation: str, tensor: Tensor) -> None:
 
 
 def takes_reference(tensor: Tensor) -> bool:
-    """A CPU tensor takes the reference, unless kernels are interpreted."""
-    return tensor.device.type == "cpu" and not INTERPRETED
+    """A CPU tensor takes the reference, unless kernels are interpreted, or launches recorded."""
+    return tensor.device.type == "cpu" and not INTERPRETED and _recorded is None
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

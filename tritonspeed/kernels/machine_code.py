@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -75,16 +76,29 @@ def _argument(value: Any, specialize: bool) -> tuple[str, bool, Any]:
     return "fp32", False, None
 
 
-def machine_code(launched: Launched, card: Card) -> MachineCode:
-    """Compile a recorded launch for a card.
+@dataclass(frozen=True)
+class Recipe:
+    """A launch as the compiler sees it, without its tensors: equal recipes compile to equal code, in any process.
 
-    Raises:
-        RuntimeError: the compiler or assembler refused it.
+    Attributes:
+        module, kernel: where the ``@triton.jit`` function is found.
+        signature: each argument's name and Triton's type.
+        constants: those that the compiler knows.
+        divisible: positions of the arguments that 16 divides.
+        options: num_warps and the like.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel, signature, constants, attributes = launched.kernel, {}, {}, {}
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+def recipe_of(launched: Launched) -> Recipe:
+    """What a recorded launch makes the compiler do."""
+    kernel, signature, constants, divisible = launched.kernel, {}, {}, []
     by_name = dict(zip(kernel.arg_names, launched.arguments, strict=False)) | launched.constants
     assert set(by_name) == set(kernel.arg_names), f"arguments of {kernel.__name__}: {set(by_name)}"
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -92,17 +106,50 @@ def machine_code(launched: Launched, card: Card) -> MachineCode:
         if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", value
             continue
-        signature[name], divisible, constant = _argument(value, not parameter.do_not_specialize)
+        signature[name], is_divisible, constant = _argument(value, not parameter.do_not_specialize)
         if signature[name] == "constexpr":
             constants[name] = constant
-        elif divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    arch = card.compute_capability or card.arch
-    target = GPUTarget(card.backend, arch, card.warp_size)
-    binary = triton.compile(source, target=target, options=launched.options)
+        elif is_divisible:
+            divisible.append(i)
+    named = (tuple(part.items()) for part in (signature, constants, launched.options))
+    signature_items, constant_items, option_items = named
+    return Recipe(
+        kernel.fn.__module__, kernel.fn.__qualname__, signature_items, constant_items, tuple(divisible), option_items
+    )
+
+
+def machine_code(launched: Launched, card: Card) -> MachineCode:
+    """Compile a recorded launch for a card.
+
+    Raises:
+        RuntimeError: the compiler or assembler refused it.
+    """
+    return compile_recipe(recipe_of(launched), card, launched.kernel)
+
+
+def compile_recipe(recipe: Recipe, card: Card, kernel: Any = None) -> MachineCode:
+    """Compile a recipe for a card.
+
+    Args:
+        kernel: the function, where it cannot be imported by name.
+
+    Raises:
+        RuntimeError: the compiler or assembler refused it.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        kernel or getattr(import_module(recipe.module), recipe.kernel),
+        signature=dict(recipe.signature),
+        constexprs=dict(recipe.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in recipe.divisible},
+    )
+    options = dict(recipe.options)
+    target = GPUTarget(card.backend, card.compute_capability or card.arch, card.warp_size)
+    binary = triton.compile(source, target=target, options=options)
     if card.backend == "cuda":
-        return _read_ptx(binary, card, launched.options["enable_fp_fusion"])
+        return _read_ptx(binary, card, options["enable_fp_fusion"])
     return _read_amdgcn(binary)
 
 
