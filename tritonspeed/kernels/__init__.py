@@ -8,6 +8,7 @@ from tritonspeed.kernels.adamw import adamw_
 from tritonspeed.kernels.dequantize import dequantize, dequantize_sum, requantize_sum
 from tritonspeed.kernels.global_norm import global_norm, sum_of_squares
 from tritonspeed.kernels.quantize import quantize
+from tritonspeed.kernels.softmax import softmax
 
 __all__ = [
     "adamw_",
@@ -16,5 +17,6 @@ __all__ = [
     "global_norm",
     "quantize",
     "requantize_sum",
+    "softmax",
     "sum_of_squares",
 ]

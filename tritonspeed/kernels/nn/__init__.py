@@ -3,7 +3,10 @@
 from importlib import import_module
 from typing import Any
 
-_HOMES: dict[str, str] = {}  # name → file in this folder
+_HOMES: dict[str, str] = {  # name → file in this folder
+    "ScaledMaskedSoftmax": "softmax",
+    "Softmax": "softmax",
+}
 
 __all__ = list(_HOMES)
 

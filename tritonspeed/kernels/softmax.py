@@ -1,0 +1,517 @@
+"""Softmax over rows of any length: scaled, masked, causal, forward and backward.
+
+    t = scale · x + mask          a boolean mask keeps t where it is True and puts −∞ elsewhere
+    y = exp(t − max t) / Σ exp(t − max t)                               per row
+    dx = scale · y · (g − Σ y·g)          dmask = dx / scale, summed over the axes that mask was broadcast along
+
+A row in which nothing is left (every t is −∞) gives zeros and takes no gradient; torch.softmax gives NaN there.
+Causal: query i of Q sees the keys j ≤ i + (K − Q), so that the last query sees all of them; the rest is not read.
+
+Shapes   x, y, g, dx: (..., N), M rows   mask: broadcastable to x
+Types    fp32, fp16, bf16 or fp64, computed in fp32 (fp64); mask bool or any float
+Bytes    forward  2·M·N·itemsize + the mask's once        backward  3·M·N·itemsize
+Flops    forward  5·M·N, one of them an exponential        backward  4·M·N
+Source   Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867
+Roof     not measured yet                                               (device, date, % of HBM, shape)
+
+A row that fits in registers is read once, several short ones by one program. A longer one is read twice, the second
+time backwards: what was read last is still in the L2. A row of N elements starts anywhere if 16 bytes do not divide it:
+its whole 16-byte groups are the *body*, the few elements before and behind them the *edge*, loaded and stored apart.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonspeed.kernels._ops import register
+from tritonspeed.kernels._triton import (
+    INTERPRETED,
+    accumulator,
+    card_of,
+    check_device,
+    launch,
+    on_device_of,
+    takes_reference,
+    tl,
+    triton,
+)
+from tritonspeed.kernels.cards import Card
+from tritonspeed.kernels.rounding import load, store_rounded
+from tritonspeed.kernels.tuned import Tunable, dtype_name, next_power_of_2
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def softmax_reference(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """What the kernels must equal, over the last axis; also what CPU tensors take."""
+    t = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x) * scale
+    if mask is not None:
+        t = t.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else t + mask.to(t.dtype)
+    if causal:
+        hidden = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(x.shape[-1] - x.shape[-2] + 1)
+        t = t.masked_fill(hidden, -torch.inf)
+    nothing_left = (t == -torch.inf).all(-1, keepdim=True)
+    y = torch.softmax(t.masked_fill(nothing_left, 0.0), -1).masked_fill(nothing_left, 0.0)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * tl.full((), 1.4426950408889634, x.dtype))  # log2 e
+
+
+@triton.jit
+def _lowest(shape: tl.constexpr, ACC: tl.constexpr):
+    """The first maximum: finite, so that −∞ − maximum is −∞ and not NaN."""
+    return tl.full(shape, -3.4028234663852886e38, ACC)
+
+
+@triton.jit
+def _span(row, N, query_len, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr):
+    """Of rows: where the body begins, elements before it, elements in it, elements that are visible."""
+    start = row * N
+    head = (start * 0).to(tl.int32)
+    if ODD:
+        head = tl.minimum((V - start % V) % V, N).to(tl.int32)
+        body_start = (start + (V - 1)) // V * V  # = start + head unless the row has no body; divisible as compilers see
+    else:
+        body_start = start
+    body = (N - head) // V * V
+    visible = head * 0 + N
+    if CAUSAL:
+        visible = tl.minimum(tl.maximum(row % query_len + 1 + (N - query_len), 0), N).to(tl.int32)
+    return body_start, head, body, visible
+
+
+@triton.jit
+def _edge_columns(head, body, N, V: tl.constexpr, lane):
+    """Lanes 0 to V − 1 are the columns before the body, V to 2·V − 1 those behind it."""
+    column = tl.where(lane < V, lane, head + body + lane - V)
+    return column, tl.where(lane < V, lane < head, column < N)
+
+
+@triton.jit
+def _mask_row(row, size1, size2, step0, step1, step2):
+    """The mask's row for a row of x, whose index is (i0, i1, i2) in a grid of (…, size1, size2)."""
+    rest = row // size2
+    return rest // size1 * step0 + rest % size1 * step1 + row % size2 * step2
+
+
+@triton.jit
+def _scores(x_ptr, mask_ptr, mask_start, column, reads, inside, scale, ACC: tl.constexpr, EVICT: tl.constexpr):
+    """t where it is inside, else −∞; ``x_ptr`` are addresses, ``reads`` those that are read."""
+    t = load(x_ptr, reads, ACC, EVICT) * scale
+    if mask_ptr is not None:
+        if mask_ptr.dtype.element_ty == tl.uint8:
+            keep = tl.load(mask_ptr + mask_start + column, mask=reads, other=0)
+            inside = inside & (keep != 0)
+        else:
+            t += load(mask_ptr + mask_start + column, reads, ACC, "evict_last")
+    return tl.where(inside, t, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["N", "query_len", "size1", "size2", "step0", "step1", "step2", "M"])
+def _softmax_rows_kernel(
+    x_ptr, mask_ptr, y_ptr, N, query_len, size1, size2, step0, step1, step2, scale, M,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    scale = tl.cast(scale, ACC)
+    if not ODD:
+        N = N // V * V  # the same number, with a divisor that the compiler sees
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # int64: M·N may pass 2³¹
+    exists = row < M
+    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)  # [ROWS, 1]
+    mask_start = row * 0
+    if mask_ptr is not None:
+        mask_start = _mask_row(row, size1, size2, step0, step1, step2) * N
+
+    lane = tl.arange(0, BLOCK)[None, :]
+    writes = exists & (lane // V < body // V)  # whole groups: one bound for the lanes of an access
+    reads = writes
+    if CAUSAL:
+        reads = writes & (lane // V < (visible - head + (V - 1)) // V)
+    t = _scores(
+        x_ptr + body_start + lane, mask_ptr, mask_start, head + lane, reads, reads & (head + lane < visible), scale,
+        ACC, "evict_first",
+    )  # fmt: skip
+    top = tl.maximum(tl.max(t, axis=1)[:, None], _lowest([1, 1], ACC))
+    if ODD:
+        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V)[None, :])
+        edge = edge & exists
+        seen = edge & (column < visible)
+        t_edge = _scores(x_ptr + row * N + column, mask_ptr, mask_start, column, seen, seen, scale, ACC, "")
+        top = tl.maximum(top, tl.max(t_edge, axis=1)[:, None])
+    y = _exp(t - top)
+    total = tl.sum(y, axis=1)[:, None]
+    if ODD:
+        y_edge = _exp(t_edge - top)
+        total += tl.sum(y_edge, axis=1)[:, None]
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        store_rounded(y_ptr + row * N + column, y_edge * inverse, edge, INTERPRET)
+    else:
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    store_rounded(y_ptr + body_start + lane, y * inverse, writes, INTERPRET)
+
+
+@triton.jit(do_not_specialize=["N", "query_len", "size1", "size2", "step0", "step1", "step2"])
+def _softmax_long_row_kernel(
+    x_ptr, mask_ptr, y_ptr, N, query_len, size1, size2, step0, step1, step2, scale,
+    BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    scale = tl.cast(scale, ACC)
+    if not ODD:
+        N = N // V * V
+    row = tl.program_id(0).to(tl.int64)
+    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)
+    mask_start = row * 0
+    if mask_ptr is not None:
+        mask_start = _mask_row(row, size1, size2, step0, step1, step2) * N
+    x_ptr += body_start
+    y_ptr += body_start
+    lanes = tl.arange(0, BLOCK)
+    end = body
+    if CAUSAL:
+        end = tl.minimum(body, tl.maximum(visible - head + (V - 1), 0) // V * V)
+
+    top = _lowest([BLOCK], ACC)  # a maximum and a sum for each lane: nothing crosses threads in the loop
+    total = tl.zeros([BLOCK], ACC)
+    for at in range(0, end, BLOCK):
+        lane = at + lanes
+        reads = lane // V < end // V
+        t = _scores(
+            x_ptr + lane, mask_ptr, mask_start, head + lane, reads, reads & (head + lane < visible), scale, ACC,
+            "evict_last",
+        )  # fmt: skip
+        above = t - top
+        factor = _exp(-tl.abs(above))  # of exp(top − new) and exp(t − new) one is 1, this is the other
+        total = tl.where(above > 0, total * factor + 1.0, total + factor)
+        top = tl.where(above > 0, t, top)
+    row_top = tl.max(top, axis=0)
+    if ODD:
+        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V))
+        seen = edge & (column < visible)
+        t_edge = _scores(x_ptr + column - head, mask_ptr, mask_start, column, seen, seen, scale, ACC, "")
+        row_top = tl.maximum(row_top, tl.max(t_edge, axis=0))
+    row_total = tl.sum(total * _exp(top - row_top), axis=0)
+    if ODD:
+        y_edge = _exp(t_edge - row_top)
+        row_total += tl.sum(y_edge, axis=0)
+    inverse = 1.0 / tl.where(row_total == 0.0, 1.0, row_total)
+    if ODD:
+        store_rounded(y_ptr + column - head, y_edge * inverse, edge, INTERPRET)
+
+    num_blocks = tl.cdiv(end, BLOCK)
+    for i in range(num_blocks):  # backwards: the end of the row is what the cache still has
+        lane = (num_blocks - 1 - i) * BLOCK + lanes
+        reads = lane // V < end // V
+        t = _scores(
+            x_ptr + lane, mask_ptr, mask_start, head + lane, reads, reads & (head + lane < visible), scale, ACC,
+            "evict_first",
+        )  # fmt: skip
+        store_rounded(y_ptr + lane, _exp(t - row_top) * inverse, lane // V < body // V, INTERPRET)
+    if CAUSAL:
+        for at in range(num_blocks * BLOCK, body, BLOCK):
+            store_rounded(y_ptr + at + lanes, tl.zeros([BLOCK], ACC), (at + lanes) // V < body // V, INTERPRET)
+
+
+@triton.jit(do_not_specialize=["N", "query_len", "M"])
+def _softmax_rows_backward_kernel(
+    g_ptr, y_ptr, dx_ptr, N, query_len, scale, M,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    scale = tl.cast(scale, ACC)
+    if not ODD:
+        N = N // V * V
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    exists = row < M
+    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)
+    lane = tl.arange(0, BLOCK)[None, :]
+    writes = exists & (lane // V < body // V)
+    reads = writes
+    if CAUSAL:
+        reads = writes & (lane // V < (visible - head + (V - 1)) // V)  # y is 0 beyond, whatever g is
+    y = load(y_ptr + body_start + lane, reads, ACC, "evict_first")
+    g = load(g_ptr + body_start + lane, reads, ACC, "evict_first")
+    dot = tl.sum(y * g, axis=1)[:, None]
+    if ODD:
+        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V)[None, :])
+        edge = edge & exists
+        seen = edge & (column < visible)
+        y_edge = load(y_ptr + row * N + column, seen, ACC, "")
+        g_edge = load(g_ptr + row * N + column, seen, ACC, "")
+        dot += tl.sum(y_edge * g_edge, axis=1)[:, None]
+        store_rounded(dx_ptr + row * N + column, y_edge * (g_edge - dot) * scale, edge, INTERPRET)
+    store_rounded(dx_ptr + body_start + lane, y * (g - dot) * scale, writes, INTERPRET)
+
+
+@triton.jit(do_not_specialize=["N", "query_len"])
+def _softmax_long_row_backward_kernel(
+    g_ptr, y_ptr, dx_ptr, N, query_len, scale,
+    BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    scale = tl.cast(scale, ACC)
+    if not ODD:
+        N = N // V * V
+    row = tl.program_id(0).to(tl.int64)
+    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)
+    g_ptr += body_start
+    y_ptr += body_start
+    dx_ptr += body_start
+    lanes = tl.arange(0, BLOCK)
+    end = body
+    if CAUSAL:
+        end = tl.minimum(body, tl.maximum(visible - head + (V - 1), 0) // V * V)
+    dots = tl.zeros([BLOCK], ACC)
+    for at in range(0, end, BLOCK):
+        reads = (at + lanes) // V < end // V
+        dots += load(y_ptr + at + lanes, reads, ACC, "evict_last") * load(g_ptr + at + lanes, reads, ACC, "evict_last")
+    dot = tl.sum(dots, axis=0)
+    if ODD:
+        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V))
+        seen = edge & (column < visible)
+        y_edge = load(y_ptr + column - head, seen, ACC, "")
+        g_edge = load(g_ptr + column - head, seen, ACC, "")
+        dot += tl.sum(y_edge * g_edge, axis=0)
+        store_rounded(dx_ptr + column - head, y_edge * (g_edge - dot) * scale, edge, INTERPRET)
+    num_blocks = tl.cdiv(end, BLOCK)
+    for i in range(num_blocks):
+        lane = (num_blocks - 1 - i) * BLOCK + lanes
+        reads = lane // V < end // V
+        y = load(y_ptr + lane, reads, ACC, "evict_first")
+        g = load(g_ptr + lane, reads, ACC, "evict_first")
+        store_rounded(dx_ptr + lane, y * (g - dot) * scale, lane // V < body // V, INTERPRET)
+    if CAUSAL:
+        for at in range(num_blocks * BLOCK, body, BLOCK):
+            store_rounded(dx_ptr + at + lanes, tl.zeros([BLOCK], ACC), (at + lanes) // V < body // V, INTERPRET)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxLaunch:
+    """How rows are cut up.
+
+    Attributes:
+        block: columns of a tile; a row that is longer is looped over.
+        rows: rows of a tile, where a row fits.
+    """
+
+    block: int
+    rows: int
+    num_warps: int
+
+    @classmethod
+    def _of(cls, card: Card, block: int, num_elems: int, elems_per_thread: int) -> "SoftmaxLaunch":
+        rows = max(1, num_elems // block)
+        most_threads = 1024 if card.backend != "hip" else 16 * card.warp_size
+        threads = min(max(rows * block // elems_per_thread, card.warp_size), most_threads)
+        return cls(block, rows, threads // card.warp_size)
+
+    @classmethod
+    def forward(cls, card: Card, n: int, dtype: str, masked: bool) -> "SoftmaxLaunch":
+        # Registers at 32768 columns, 1024 threads: 50-64 on NVIDIA, 54-65 on gfx90a; with a mask and an odd length
+        # sm_86 and sm_89 spill 16 bytes, gfx90a 2-11, gfx1100 (512 threads) 5. Looped over, 16 elements a thread take
+        # 58-80, with a mask 80-106, and sm_80 spills 8 bytes; 8 elements 32-58 (ptxas, LLVM, triton 3.9).
+        is_tight = masked and (card.backend == "hip" or n % 16 != 0)
+        longest = 4096 if dtype == "fp64" else 16384 if is_tight else 32768
+        if n > longest:
+            return cls._of(card, 4096, 4096, 8 if masked else 16)
+        return cls._of(card, max(16, next_power_of_2(n)), 2048, 16)
+
+    @classmethod
+    def backward(cls, card: Card, n: int, dtype: str) -> "SoftmaxLaunch":
+        # Two rows are held. 16384 columns: 50-64 registers at 1024 threads, gfx1100 92 at 512. 32768: in fp32 they are
+        # all of an SM's registers, and bf16, held as fp32, spills 88-312 bytes on sm_80 to sm_90 with 8, 16 or 32
+        # warps; on AMD 86-188 registers and no spill. Looped over: 40-64 (ptxas, LLVM, triton 3.9).
+        longest = 4096 if dtype == "fp64" else 32768 if card.backend == "hip" else 16384
+        if n > longest:
+            return cls._of(card, 4096, 4096, 16)
+        return cls._of(card, max(16, next_power_of_2(n)), 2048, 8)
+
+    @classmethod
+    def candidates(cls, card: Card, n: int, dtype: str, masked: bool = False) -> list["SoftmaxLaunch"]:
+        whole = max(16, next_power_of_2(n))
+        found = [cls._of(card, block, block, each) for block in (2048, 4096, 8192) if block < n for each in (8, 16)]
+        if whole <= 32768:
+            found += [cls._of(card, whole, num, each) for num in (1024, 2048, 4096) for each in (4, 8, 16, 32)]
+        return list(dict.fromkeys(found))
+
+
+FORWARD_KERNELS = (_softmax_rows_kernel, _softmax_long_row_kernel)
+BACKWARD_KERNELS = (_softmax_rows_backward_kernel, _softmax_long_row_backward_kernel)
+SOFTMAX_FORWARD = Tunable(
+    "softmax_forward", FORWARD_KERNELS, SoftmaxLaunch, SoftmaxLaunch.forward, SoftmaxLaunch.candidates
+)
+SOFTMAX_BACKWARD = Tunable(
+    "softmax_backward", BACKWARD_KERNELS, SoftmaxLaunch, SoftmaxLaunch.backward, SoftmaxLaunch.candidates
+)
+
+
+def _mask_layout(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, tuple[int, int, int, int, int]]:
+    """The mask as rows of N, and which of them a row of x takes: (size1, size2, step0, step1, step2) of ``_mask_row``.
+
+    Neighbouring axes of x along which the mask does the same are one; only a mask that still varies over more than
+    three of them, or along rows not at all, is written out.
+    """
+    if mask is None:
+        return None, (1, 1, 0, 0, 0)
+    if mask.shape[-1:] != shape[-1:]:
+        mask = mask.expand(*mask.shape[:-1], shape[-1])
+    axes: list[tuple[int, int]] = []  # (size, rows of the mask from one to the next), the innermost first
+    step = 1
+    sizes = (1,) * (len(shape) - mask.ndim) + mask.shape
+    for size, own_size in zip(reversed(shape[:-1]), reversed(sizes[:-1]), strict=True):
+        own_step = step if own_size > 1 else 0
+        step *= own_size
+        if axes and own_step == axes[-1][0] * axes[-1][1]:
+            axes[-1] = (size * axes[-1][0], axes[-1][1])
+        elif size > 1:
+            axes.append((size, own_step))
+    if len(axes) > 3:
+        mask, axes = mask.expand(shape), [(shape[:-1].numel(), 1)]
+    axes += [(1, 0)] * (3 - len(axes))
+    rows = mask.contiguous()
+    if rows.dtype == torch.bool:
+        rows = rows.view(torch.uint8)
+    return rows, (axes[1][0], axes[0][0], axes[2][1], axes[1][1], axes[0][1])
+
+
+def _launch_over_rows(
+    kernels: tuple[Any, Any], how: SoftmaxLaunch, like: Tensor, causal: bool, *arguments: Any
+) -> None:
+    n, vector = like.shape[-1], 16 // like.element_size()
+    num_rows = like.numel() // n
+    constants = {
+        "BLOCK": how.block, "V": vector, "ODD": n % vector != 0, "CAUSAL": causal, "ACC": accumulator(like.dtype),
+        "INTERPRET": INTERPRETED, "num_warps": how.num_warps,
+    }  # fmt: skip
+    if n <= how.block:
+        launch(kernels[0], (triton.cdiv(num_rows, how.rows),), *arguments, num_rows, ROWS=how.rows, **constants)
+    else:
+        launch(kernels[1], (num_rows,), *arguments, **constants)
+
+
+def launch_softmax(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """The op on a GPU, and on a CPU under the interpreter."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if x.numel():
+        n, query_len = x.shape[-1], x.shape[-2] if causal else 1
+        rows, layout = _mask_layout(mask, x.shape)
+        with on_device_of(x):
+            how = SOFTMAX_FORWARD.resolve(card_of(x), n=n, dtype=dtype_name(x.dtype), masked=mask is not None)
+            _launch_over_rows(FORWARD_KERNELS, how, x, causal, x, rows, y, n, query_len, *layout, scale)
+    return y
+
+
+def launch_softmax_backward(g: Tensor, y: Tensor, scale: float, causal: bool, widened: bool) -> Tensor:
+    """The op on a GPU, and on a CPU under the interpreter; ``widened``: dx stays in fp32, for a mask's sums."""
+    g, y = g.contiguous(), y.contiguous()  # g may be an expanded scalar: stride 0
+    dx = _backward_shapes(g, y, scale, causal, widened)
+    if y.numel():
+        n, query_len = y.shape[-1], y.shape[-2] if causal else 1
+        with on_device_of(y):
+            how = SOFTMAX_BACKWARD.resolve(card_of(y), n=n, dtype=dtype_name(y.dtype))
+            _launch_over_rows(BACKWARD_KERNELS, how, y, causal, g, y, dx, n, query_len, scale)
+    return dx
+
+
+def _forward_shapes(x: Tensor, _mask: Tensor | None, _scale: float, _causal: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_shapes(_g: Tensor, y: Tensor, _scale: float, _causal: bool, widened: bool) -> Tensor:
+    dtype = torch.promote_types(y.dtype, torch.float32) if widened else y.dtype
+    return torch.empty_like(y, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+register("softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor", launch_softmax, _forward_shapes)
+register(
+    "softmax_backward(Tensor g, Tensor y, float scale, bool causal, bool widened) -> Tensor",
+    launch_softmax_backward,
+    _backward_shapes,
+)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+        y = torch.ops.tritonspeed.softmax(x, mask, scale, causal)
+        ctx.save_for_backward(y)
+        ctx.scale, ctx.causal, ctx.mask_like = scale, causal, None if mask is None else (mask.shape, mask.dtype)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (y,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return torch.ops.tritonspeed.softmax_backward(g, y, ctx.scale, ctx.causal, False), None, None, None
+        dt = torch.ops.tritonspeed.softmax_backward(g, y, 1.0, ctx.causal, True)
+        shape, dtype = ctx.mask_like
+        dx = (dt * ctx.scale).to(y.dtype) if ctx.needs_input_grad[0] else None
+        return dx, dt.sum_to_size(shape).to(dtype), None, None
+
+
+def softmax(
+    x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """exp(scale · x + mask), normalised along an axis; differentiable in ``x`` and in a float ``mask``.
+
+    Args:
+        x: any shape, float32, bfloat16, float16 or float64, any strides. An axis that is not the last costs a copy.
+        dim: the axis that is normalised.
+        scale: multiplied into x before the mask is added.
+        mask: broadcastable to x. Boolean: True takes part, as in ``scaled_dot_product_attention`` (Megatron's means
+            the contrary). Float: added; its gradient is summed over what it was broadcast along. (B, 1, 1, K),
+            (B, 1, Q, K) and the like are read as they are, never written out.
+        causal: query i of the last but one axis sees the keys j ≤ i + (K − Q); only with ``dim`` the last axis.
+
+    Returns:
+        x's shape and type. Rows without anything left are zeros, and so is their gradient.
+
+    Raises:
+        ValueError: types, shapes or devices that do not fit.
+    """
+    check_device("softmax", x)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"softmax: x is {x.dtype}, must be float32, bfloat16, float16 or float64: convert it")
+    if not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
+        raise ValueError(f"softmax: dim is {dim}, x has {x.ndim} axes: pass one of [-{x.ndim}, {x.ndim})")
+    is_last = dim in (-1, x.ndim - 1)
+    if causal and (x.ndim < 2 or not is_last):
+        raise ValueError(
+            f"softmax: causal wants queries and keys as the last two axes; x is {tuple(x.shape)} and dim is {dim}:"
+            " transpose x, or pass a mask"
+        )
+    if mask is not None:
+        _check_mask(mask, x)
+    if x.ndim == 0:
+        return softmax(x[None], scale=scale, mask=mask)[0]
+    if not is_last:
+        x = x.movedim(dim, -1)
+        if mask is not None:
+            mask = mask[(None,) * (x.ndim - mask.ndim)].movedim(dim, -1)
+    if x.dtype == torch.float64:
+        x, scale = x * scale, 1.0  # a kernel takes its scalars in fp32
+    if takes_reference(x):
+        y = softmax_reference(x, scale=scale, mask=mask, causal=causal)
+    else:
+        y = _Softmax.apply(x, mask, scale, causal)
+    return y if is_last else y.movedim(-1, dim)
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"softmax: mask is {mask.dtype}, must be bool (True takes part) or a float that is added: mask.bool()"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"softmax: x is on {x.device}, mask on {mask.device}: move one to the other")
+    sizes = x.shape[x.ndim - mask.ndim :] if mask.ndim <= x.ndim else ()
+    if mask.ndim > x.ndim or any(own not in (1, size) for own, size in zip(mask.shape, sizes, strict=True)):
+        raise ValueError(f"softmax: mask {tuple(mask.shape)} cannot be broadcast to x {tuple(x.shape)}")
