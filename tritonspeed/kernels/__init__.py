@@ -5,16 +5,20 @@ bound here and now: a function shares its file's name, and a name bound later wo
 """
 
 from tritonspeed.kernels.adamw import adamw_
+from tritonspeed.kernels.cross_entropy import cross_entropy
 from tritonspeed.kernels.dequantize import dequantize, dequantize_sum, requantize_sum
 from tritonspeed.kernels.global_norm import global_norm, sum_of_squares
+from tritonspeed.kernels.linear_cross_entropy import linear_cross_entropy
 from tritonspeed.kernels.quantize import quantize
 from tritonspeed.kernels.softmax import softmax
 
 __all__ = [
     "adamw_",
+    "cross_entropy",
     "dequantize",
     "dequantize_sum",
     "global_norm",
+    "linear_cross_entropy",
     "quantize",
     "requantize_sum",
     "softmax",

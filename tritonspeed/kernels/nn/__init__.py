@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _HOMES: dict[str, str] = {  # name → file in this folder
+    "CrossEntropyLoss": "loss",
+    "LinearCrossEntropyLoss": "loss",
     "ScaledMaskedSoftmax": "softmax",
     "Softmax": "softmax",
 }
