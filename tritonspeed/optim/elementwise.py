@@ -21,8 +21,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
+from tritonspeed.kernels.multi_tensor import mixed_seed
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-PLACE_STEP = 0x9E3779B97F4A7C15  # 2⁶⁴ over the golden ratio: neighbouring places land far apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +227,3 @@ class ElementwiseOptimizer(Optimizer):
         random = group["stochastic_rounding"] and param_out is not None and param_out.dtype == torch.bfloat16
         seed = mixed_seed(group["rounding_seed"], place, step) if random else None
         self._run_(group, Pass(master, grad, state, step, grad_scale, param_out, seed, first_element))
-
-
-def mixed_seed(seed: int, place: int, step: int) -> int:
-    """One 63-bit seed per parameter and step: neighbouring ones share no bits (the finaliser of MurmurHash3)."""
-    x = (seed + place * PLACE_STEP + (step << 32)) & 0xFFFFFFFFFFFFFFFF
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = ((x ^ (x >> 33)) * multiplier) & 0xFFFFFFFFFFFFFFFF
-    return (x ^ (x >> 33)) >> 1
