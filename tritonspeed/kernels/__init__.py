@@ -5,22 +5,34 @@ bound here and now: a function shares its file's name, and a name bound later wo
 """
 
 from tritonspeed.kernels.adamw import adamw_
+from tritonspeed.kernels.bias_gelu import bias_gelu
 from tritonspeed.kernels.cross_entropy import cross_entropy
 from tritonspeed.kernels.dequantize import dequantize, dequantize_sum, requantize_sum
 from tritonspeed.kernels.global_norm import global_norm, sum_of_squares
+from tritonspeed.kernels.glu import geglu, geglu_packed, glu, glu_packed, reglu, swiglu, swiglu_packed
 from tritonspeed.kernels.linear_cross_entropy import linear_cross_entropy
 from tritonspeed.kernels.quantize import quantize
+from tritonspeed.kernels.rotary import rotary
 from tritonspeed.kernels.softmax import softmax
 
 __all__ = [
     "adamw_",
+    "bias_gelu",
     "cross_entropy",
     "dequantize",
     "dequantize_sum",
+    "geglu",
+    "geglu_packed",
     "global_norm",
+    "glu",
+    "glu_packed",
     "linear_cross_entropy",
     "quantize",
+    "reglu",
     "requantize_sum",
+    "rotary",
     "softmax",
     "sum_of_squares",
+    "swiglu",
+    "swiglu_packed",
 ]

@@ -23,11 +23,11 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-def philox_reference(seed: int, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_reference(seed: int | Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words for each 64-bit counter.
 
     Args:
-        seed: 0 ≤ seed < 2⁶³.
+        seed: 0 ≤ seed < 2⁶³; a () int64 tensor where it must not leave the device.
         counter: int64, any shape.
 
     Returns:

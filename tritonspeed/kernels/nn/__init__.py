@@ -4,10 +4,14 @@ from importlib import import_module
 from typing import Any
 
 _HOMES: dict[str, str] = {  # name → file in this folder
+    "BiasGELU": "activation",
     "CrossEntropyLoss": "loss",
+    "GEGLU": "activation",
     "LinearCrossEntropyLoss": "loss",
+    "RotaryEmbedding": "rotary",
     "ScaledMaskedSoftmax": "softmax",
     "Softmax": "softmax",
+    "SwiGLU": "activation",
 }
 
 __all__ = list(_HOMES)
