@@ -10,7 +10,9 @@ from tritonspeed.kernels.cross_entropy import cross_entropy
 from tritonspeed.kernels.dequantize import dequantize, dequantize_sum, requantize_sum
 from tritonspeed.kernels.global_norm import global_norm, sum_of_squares
 from tritonspeed.kernels.glu import geglu, geglu_packed, glu, glu_packed, reglu, swiglu, swiglu_packed
+from tritonspeed.kernels.lamb import lamb_moments_, lamb_step_
 from tritonspeed.kernels.linear_cross_entropy import linear_cross_entropy
+from tritonspeed.kernels.newton_schulz import newton_schulz
 from tritonspeed.kernels.quantize import quantize
 from tritonspeed.kernels.rotary import rotary
 from tritonspeed.kernels.softmax import softmax
@@ -26,7 +28,10 @@ __all__ = [
     "global_norm",
     "glu",
     "glu_packed",
+    "lamb_moments_",
+    "lamb_step_",
     "linear_cross_entropy",
+    "newton_schulz",
     "quantize",
     "reglu",
     "requantize_sum",
