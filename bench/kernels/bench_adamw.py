@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench.harness import device_from, interleaved_ms, num_rotations, parser, report, rows_of, stream_gb_per_s
 from tritonspeed.kernels import adamw_
-from tritonspeed.kernels.adamw import ADAMW, AdamWLaunch, adamw_reference
+from tritonspeed.kernels.adamw import ADAMW, adamw_reference
+from tritonspeed.kernels.flat_update import FlatLaunch
 
 BYTES_PER_ELEM = 28
 HYPER = {"step": 7, "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -48,7 +49,7 @@ def ours(s: State, seed: int | None = None) -> None:
     )  # fmt: skip
 
 
-def pinned(launch: AdamWLaunch) -> Callable[[State], None]:
+def pinned(launch: FlatLaunch) -> Callable[[State], None]:
     def run(s: State) -> None:
         with ADAMW.pinned(launch):
             ours(s)
@@ -106,7 +107,7 @@ def main() -> None:
         variants["torch.compile, one pass"] = torch.compile(reference, dynamic=False)
     if is_gpu and arguments.sweep:
         for block, num_warps in ((512, 4), (1024, 4), (2048, 8), (2048, 16), (4096, 8)):
-            variants[f"ours, block {block}, {num_warps} warps"] = pinned(AdamWLaunch(block, num_warps))
+            variants[f"ours, block {block}, {num_warps} warps"] = pinned(FlatLaunch(block, num_warps))
     rows = []
     for n in sizes:
         sets = [State.random(n, device) for _ in range(num_rotations(n * BYTES_PER_ELEM, device))]

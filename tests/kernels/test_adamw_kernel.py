@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tritonspeed.kernels import adamw_
 from tritonspeed.kernels._triton import INTERPRETED
-from tritonspeed.kernels.adamw import CPU_CHUNK_ELEMS, adamw_reference
+from tritonspeed.kernels.adamw import adamw_reference
+from tritonspeed.kernels.flat_update import CPU_CHUNK_ELEMS
 from tritonspeed.kernels.rounding import round_stochastic_reference
 
 HYPER: dict[str, Any] = {"step": 3, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -149,7 +150,7 @@ def test_cuts_change_no_bit(cuts: tuple[int, ...], num_threads: int, device: tor
 def test_stochastic_rounding_is_the_references_and_follows_the_element(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tritonspeed.kernels.adamw.CPU_CHUNK_ELEMS", 1024)  # several chunks of 3,001 elements
+    monkeypatch.setattr("tritonspeed.kernels.flat_update.CPU_CHUNK_ELEMS", 1024)  # several chunks of 3,001 elements
     n, first, seed = 3001, 2**33 + 4, 2**45 + 11
     ours = state(n, device)
     pieces = clones(ours)

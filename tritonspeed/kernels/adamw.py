@@ -12,7 +12,7 @@ Types    p, m, v fp32; g fp32, bf16 or fp16; out bf16 or fp16
 Bytes    n · (24 + itemsize(g) + itemsize(out)): 28 n with a 16-bit gradient and copy
 Flops    15 n
 Source   Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101
-Roof     GPU: not measured yet. CPU (2 cores of an AMD EPYC): the table beside ``CPU_CHUNK_ELEMS``
+Roof     GPU: not measured yet. CPU (2 cores of an AMD EPYC): the table in ``flat_update.py``
 
 Every operation is rounded by itself, with the IEEE quotient and root and no contraction into fused multiply-adds: an
 element's result depends neither on where the buffer was cut nor on whether its tile was full. The moments equal those
@@ -28,30 +28,19 @@ import torch
 from torch import Tensor
 
 from tritonspeed.kernels._ops import register
-from tritonspeed.kernels._triton import INTERPRETED, card_of, check_device, launch, on_device_of, tl, triton
-from tritonspeed.kernels.cards import Card
-from tritonspeed.kernels.rounding import (
-    GROUP_ELEMS,
-    load_fp32,
-    round_nearest,
-    round_stochastic,
-    round_stochastic_reference,
-    store,
+from tritonspeed.kernels._triton import INTERPRETED, card_of, launch, on_device_of, tl, triton
+from tritonspeed.kernels.flat_update import (
+    FlatLaunch,
+    FlatTensors,
+    check_betas,
+    check_flat,
+    update_on_cpu_,
+    write_copy_,
 )
+from tritonspeed.kernels.rounding import load_fp32, round_nearest, round_stochastic, store
 from tritonspeed.kernels.tuned import Tunable
 
-# ns per element on one thread at 32 Mi elements (bf16 gradient, scale, bf16 copy; AMD EPYC with 1 MiB of L2 a core), by
-# chunk: 128 Ki 1.13, 256 Ki 0.95, 512 Ki 0.94, 1 Mi 0.98, 2 Mi 1.10. In a quieter run, 1 thread / 2 threads:
-#     in chunks, as here             0.77 / 0.41
-#     torch.compile, one pass        0.80 / 0.32    wants a C++ compiler and half a minute: not taken by itself
-#     torch fused, whole tensors     1.90 / 0.98
-#     torch foreach                  4.04 / 2.10
-#     adamw_reference               15.1  / 10.1
-CPU_CHUNK_ELEMS = 512 * 1024
 CPU_LANE_ELEMS = 64  # torch's loop is vectorised in steps of at most this many; its scalar rest rounds differently
-
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COPY_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +106,7 @@ def adamw_reference(
     exp_avg_sq.copy_(beta2 * exp_avg_sq + one_minus_beta2 * g * g)
     update = step_size * (exp_avg / (exp_avg_sq.sqrt() * inverse_root_c2 + eps))
     master.sub_(decay * master + update if decoupled else update)
-    if param_out is not None:
-        if stochastic_rounding_seed is None:
-            param_out.copy_(master)
-        else:
-            param_out.copy_(round_stochastic_reference(master, stochastic_rounding_seed, first_element))
+    write_copy_(param_out, master, stochastic_rounding_seed, first_element)
 
 
 @triton.jit
@@ -198,27 +183,9 @@ def _adamw_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class AdamWLaunch:
-    """How the kernel is launched. One rule for every size: the work per element does not depend on n."""
-
-    block: int
-    num_warps: int
-
-    @classmethod
-    def heuristic(cls, card: Card) -> "AdamWLaunch":
-        # 256 threads × 4 elements: fp32 moves 16 bytes an access, no layout changes through shared memory and 38-44
-        # registers a thread (sm_80 to sm_120), so every SM is full. Eight elements took 72 registers and 8 KiB of
-        # shared memory for the fp32 stores (ptxas, triton 3.9).
-        return cls(block=1024, num_warps=256 // card.warp_size)
-
-    @classmethod
-    def candidates(cls, card: Card) -> list["AdamWLaunch"]:
-        threads = {512: (128,), 1024: (128, 256), 2048: (256, 512), 4096: (512, 1024)}
-        return [cls(block, num // card.warp_size) for block, numbers in threads.items() for num in numbers]
-
-
-ADAMW = Tunable("adamw_", (_adamw_kernel,), AdamWLaunch, AdamWLaunch.heuristic, AdamWLaunch.candidates)
+# 256 threads × 4 elements take 38-44 registers a thread (sm_80 to sm_120), so every SM is full, and no layout changes
+# through shared memory. Eight elements took 72 registers and 8 KiB of shared memory for the fp32 stores (triton 3.9).
+ADAMW = Tunable("adamw_", (_adamw_kernel,), FlatLaunch, FlatLaunch.heuristic, FlatLaunch.candidates)
 
 
 def launch_adamw_(
@@ -265,37 +232,6 @@ def _torch_step_(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tens
             rest.copy_(updated[: rest.numel()])
 
 
-def _adamw_cpu_(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    grad_scale: Tensor | None,
-    param_out: Tensor | None,
-    found_inf: Tensor | None,
-    at: AdamWStep,
-) -> None:
-    """The op on a CPU, chunk by chunk, so that the fp32 gradient and the copy's source are met in the cache."""
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    n = master.numel()
-    is_fp32 = grad.dtype == torch.float32
-    needs_scratch = grad_scale is not None or not is_fp32
-    scratch = torch.empty(min(n, CPU_CHUNK_ELEMS) if needs_scratch else 0, dtype=torch.float32)
-    for start in range(0, n, CPU_CHUNK_ELEMS):
-        chunk = slice(start, min(start + CPU_CHUNK_ELEMS, n))
-        p, g = master[chunk], grad[chunk]
-        if not is_fp32:
-            g = scratch[: p.numel()].copy_(g)
-        if grad_scale is not None:
-            g = torch.mul(g, grad_scale, out=scratch[: p.numel()])
-        _torch_step_(p, exp_avg[chunk], exp_avg_sq[chunk], g, at)
-        if param_out is not None and at.seed is None:
-            param_out[chunk].copy_(p)
-        elif param_out is not None and at.seed is not None:
-            param_out[chunk].copy_(round_stochastic_reference(p, at.seed, at.first_element + start))
-
-
 def _adamw_shapes_(*_arguments: object) -> None:
     """The op on tensors without data: it returns nothing and changes no shape."""
 
@@ -305,7 +241,10 @@ def _launched_(*arguments: Any) -> None:
 
 
 def _on_cpu_(*arguments: Any) -> None:
-    _adamw_cpu_(*arguments[:7], at=AdamWStep(*arguments[7:]))
+    master, exp_avg, exp_avg_sq, *rest = arguments[:7]
+    at = AdamWStep(*arguments[7:])
+    tensors = FlatTensors(master, (exp_avg, exp_avg_sq), *rest)
+    update_on_cpu_(tensors, lambda *chunk: _torch_step_(*chunk, at=at), at.seed, at.first_element)
 
 
 register(
@@ -316,19 +255,6 @@ register(
     _adamw_shapes_,
     _on_cpu_,
 )
-
-
-def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor, numel: int) -> None:
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"adamw_: {name} is {tensor.dtype}, must be {allowed}: convert it with {name}.to(...)")
-    if tensor.device != like.device:
-        raise ValueError(f"adamw_: {name} is on {tensor.device}, master on {like.device}: move one to the other")
-    if tensor.numel() != numel or not tensor.is_contiguous():
-        raise ValueError(
-            f"adamw_: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, must be contiguous with"
-            f" {numel} elements (master has shape {tuple(like.shape)}): pass a flat view, .flatten()"
-        )
 
 
 def adamw_(
@@ -370,35 +296,12 @@ def adamw_(
     Raises:
         ValueError: types, devices or sizes that do not fit, or coefficients out of range.
     """
-    check_device("adamw_", master)
-    n = master.numel()
-    _check("master", master, (torch.float32,), master, n)
-    _check("exp_avg", exp_avg, (torch.float32,), master, n)
-    _check("exp_avg_sq", exp_avg_sq, (torch.float32,), master, n)
-    _check("grad", grad, GRAD_DTYPES, master, n)
-    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if scalar is not None:
-            _check(name, scalar, (torch.float32,), master, 1)
-    if param_out is not None:
-        _check("param_out", param_out, COPY_DTYPES, master, n)
-    beta1, beta2 = betas
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"adamw_: betas are {betas}, each must be in [0, 1)")
+    tensors = FlatTensors(master, (exp_avg, exp_avg_sq), grad, grad_scale, param_out, found_inf)
+    check_flat("adamw_", tensors, ("exp_avg", "exp_avg_sq"), (stochastic_rounding_seed, first_element))
+    check_betas("adamw_", betas)
     if step < 1:
         raise ValueError(f"adamw_: step is {step}, must be at least 1: count the step before the call")
-    if stochastic_rounding_seed is not None:
-        if param_out is None or param_out.dtype != torch.bfloat16:
-            given = "missing" if param_out is None else str(param_out.dtype)
-            raise ValueError(
-                f"adamw_: stochastic rounding writes a bfloat16 param_out, which is {given}: drop the seed"
-            )
-        if not 0 <= stochastic_rounding_seed < 2**63:
-            raise ValueError(f"adamw_: stochastic_rounding_seed is {stochastic_rounding_seed}, must be in [0, 2**63)")
-        if first_element < 0 or first_element % GROUP_ELEMS:
-            raise ValueError(
-                f"adamw_: first_element is {first_element}, must be a multiple of {GROUP_ELEMS}, not negative"
-            )
     torch.ops.tritonspeed.adamw_(
-        master, exp_avg, exp_avg_sq, grad, grad_scale, param_out, found_inf, step, lr, beta1, beta2, eps, weight_decay,
+        master, exp_avg, exp_avg_sq, grad, grad_scale, param_out, found_inf, step, lr, *betas, eps, weight_decay,
         decoupled, bias_correction, stochastic_rounding_seed, first_element,
     )  # fmt: skip
