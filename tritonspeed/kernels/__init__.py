@@ -4,6 +4,7 @@ GPU tensors take the Triton kernel, CPU tensors PyTorch. Importing this needs ne
 bound here and now: a function shares its file's name, and a name bound later would be the file.
 """
 
+from tritonspeed.kernels.adagrad import adagrad_
 from tritonspeed.kernels.adamw import adamw_
 from tritonspeed.kernels.bias_gelu import bias_gelu
 from tritonspeed.kernels.cross_entropy import cross_entropy
@@ -11,13 +12,17 @@ from tritonspeed.kernels.dequantize import dequantize, dequantize_sum, requantiz
 from tritonspeed.kernels.global_norm import global_norm, sum_of_squares
 from tritonspeed.kernels.glu import geglu, geglu_packed, glu, glu_packed, reglu, swiglu, swiglu_packed
 from tritonspeed.kernels.lamb import lamb_moments_, lamb_step_
+from tritonspeed.kernels.layer_norm import layer_norm
 from tritonspeed.kernels.linear_cross_entropy import linear_cross_entropy
+from tritonspeed.kernels.lion import lion_
 from tritonspeed.kernels.newton_schulz import newton_schulz
 from tritonspeed.kernels.quantize import quantize
+from tritonspeed.kernels.rms_norm import rms_norm
 from tritonspeed.kernels.rotary import rotary
 from tritonspeed.kernels.softmax import softmax
 
 __all__ = [
+    "adagrad_",
     "adamw_",
     "bias_gelu",
     "cross_entropy",
@@ -30,11 +35,14 @@ __all__ = [
     "glu_packed",
     "lamb_moments_",
     "lamb_step_",
+    "layer_norm",
     "linear_cross_entropy",
+    "lion_",
     "newton_schulz",
     "quantize",
     "reglu",
     "requantize_sum",
+    "rms_norm",
     "rotary",
     "softmax",
     "sum_of_squares",
