@@ -11,7 +11,7 @@ the gradient 0. tanh(x) = 2 · sigmoid(2x) − 1.
 Shapes   logits, dlogits: (..., V)   target, loss per row: (...)   loss reduced: ()   M = product of the leading axes
 Types    logits fp32, bf16, fp16 or fp64; computed in fp32 (fp64 for fp64), loss rounded once to the logits' type, or
          fp32 under autocast: PyTorch's types. target int64 or int32
-Bytes    forward  M·V·itemsize + 16·M        backward  2·M·V·itemsize + 16·M; ignored rows are not read
+Bytes    forward  M·V·itemsize + 20·M        backward  2·M·V·itemsize + 16·M; ignored rows are not read
          loss and gradient in one kernel (``launch_cross_entropy_in_place_``): 3·M·V·itemsize, the second read from L2
 Flops    forward 5 M·V   backward 6 M·V
 Source   Szegedy et al. 2016, arXiv:1512.00567 (smoothing); Milakov & Gimelshein 2018, arXiv:1805.02867 (one pass);
@@ -26,7 +26,7 @@ CPU tensors take PyTorch, which raises IndexError.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,17 +49,14 @@ from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.cross_entropy_rows import (
     VECTOR_BYTES,
     Rows,
-    cap,
     empty_gradient,
     find_row,
     launch_reduce,
     lead_of,
     readable,
     row_loss,
-    row_statistics,
     write_row_gradient,
 )
-from tritonspeed.kernels.rounding import load
 from tritonspeed.kernels.tuned import Tunable, dtype_name, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -87,8 +84,7 @@ def cross_entropy_reference(
 ) -> Tensor:
     """The maths above in PyTorch: what the kernels must equal, and what CPU tensors take."""
     rows, classes = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).long()
-    if rows.dtype in (torch.bfloat16, torch.float16):
-        rows = rows.float()
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if softcap:
         rows = softcap * torch.tanh(rows / softcap)
     losses = F.cross_entropy(
@@ -116,37 +112,38 @@ _RUNTIME = ["rows_per_batch", "batch_stride", "row_stride", "lead", "V", "ignore
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _cross_entropy_forward_kernel(
-    logits_ptr, target_ptr, loss_ptr, lse_ptr, rows_per_batch, batch_stride, row_stride, lead, V, ignore_index,
-    smoothing, z_loss, softcap,
+    logits_ptr, target_ptr, loss_ptr, top_ptr, log_total_ptr, rows_per_batch, batch_stride, row_stride, lead, V,
+    ignore_index, smoothing, z_loss, softcap,
     VEC: tl.constexpr, VECTORS: tl.constexpr, ALIGNED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    smoothing, z_loss, softcap = tl.cast(smoothing, ACC), tl.cast(z_loss, ACC), tl.cast(softcap, ACC)
+    smoothing, z_loss, softcap = tl.full([], smoothing, ACC), tl.full([], z_loss, ACC), tl.full([], softcap, ACC)
     y = tl.load(target_ptr + row).to(tl.int64)
     if y == ignore_index:
         tl.store(loss_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
+        tl.store(top_ptr + row, 0.0)
+        tl.store(log_total_ptr + row, 0.0)
     else:
         x_row, phase = find_row(logits_ptr, row, rows_per_batch, batch_stride, row_stride, lead, VEC)
-        x_y = load(x_row + phase + y, (y >= 0) & (y < V), ACC, "")
-        lse, sum_x = row_statistics(
-            x_row, phase, V, softcap, VEC, VECTORS, ALIGNED, SMOOTHED, CAPPED, ACC, "evict_first"
-        )
-        loss = row_loss(lse, cap(x_y, softcap, CAPPED), sum_x, y, V, smoothing, z_loss, SMOOTHED)
+        loss, top, log_total = row_loss(
+            x_row, phase, V, y, smoothing, z_loss, softcap,
+            VEC, VECTORS, ALIGNED, SMOOTHED, CAPPED, ACC, "evict_first",
+        )  # fmt: skip
         tl.store(loss_ptr + row, loss)
-        tl.store(lse_ptr + row, lse)
+        tl.store(top_ptr + row, top)
+        tl.store(log_total_ptr + row, log_total)
 
 
 @triton.jit(do_not_specialize=[*_RUNTIME, "g_stride", "out_batch_stride", "out_row_stride"])
 def _cross_entropy_backward_kernel(
-    logits_ptr, target_ptr, lse_ptr, g_ptr, scale_ptr, out_ptr, rows_per_batch, batch_stride, row_stride, lead, V,
-    ignore_index, smoothing, z_loss, softcap, g_stride, out_batch_stride, out_row_stride, out_lead,
+    logits_ptr, target_ptr, top_ptr, log_total_ptr, g_ptr, scale_ptr, out_ptr, rows_per_batch, batch_stride, row_stride,
+    lead, V, ignore_index, smoothing, z_loss, softcap, g_stride, out_batch_stride, out_row_stride, out_lead,
     VEC: tl.constexpr, VECTORS: tl.constexpr, ALIGNED: tl.constexpr, SAME_PHASE: tl.constexpr, CAPPED: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    smoothing, z_loss, softcap = tl.cast(smoothing, ACC), tl.cast(z_loss, ACC), tl.cast(softcap, ACC)
+    smoothing, z_loss, softcap = tl.full([], smoothing, ACC), tl.full([], z_loss, ACC), tl.full([], softcap, ACC)
     y = tl.load(target_ptr + row).to(tl.int64)
     x_row, phase = find_row(logits_ptr, row, rows_per_batch, batch_stride, row_stride, lead, VEC)
     out_row, out_phase = find_row(out_ptr, row, rows_per_batch, out_batch_stride, out_row_stride, out_lead, VEC)
@@ -156,8 +153,8 @@ def _cross_entropy_backward_kernel(
     if scale_ptr is not None:
         g = g * tl.load(scale_ptr)
     write_row_gradient(
-        x_row, out_row, phase, V, y, y == ignore_index, g, tl.load(lse_ptr + row), smoothing, z_loss, softcap,
-        VEC, VECTORS, ALIGNED, CAPPED, ACC, INTERPRET,
+        x_row, out_row, phase, V, y, y == ignore_index, g, tl.load(top_ptr + row), tl.load(log_total_ptr + row),
+        smoothing, z_loss, softcap, VEC, VECTORS, ALIGNED, CAPPED, ACC, INTERPRET,
     )  # fmt: skip
 
 
@@ -170,7 +167,7 @@ def _cross_entropy_in_place_kernel(
 ):  # fmt: skip
     """Loss of a row, then its gradient over its logits; the second read is the L2's."""
     row = tl.program_id(0)
-    smoothing, z_loss, softcap = tl.cast(smoothing, ACC), tl.cast(z_loss, ACC), tl.cast(softcap, ACC)
+    smoothing, z_loss, softcap = tl.full([], smoothing, ACC), tl.full([], z_loss, ACC), tl.full([], softcap, ACC)
     y = tl.load(target_ptr + row).to(tl.int64)
     x_row, phase = find_row(logits_ptr, row, rows_per_batch, batch_stride, row_stride, lead, VEC)
     g = tl.full([], 1.0, ACC)
@@ -178,16 +175,16 @@ def _cross_entropy_in_place_kernel(
         g = tl.load(g_ptr + row).to(ACC)
     is_ignored = y == ignore_index
     loss = tl.zeros([], ACC)
-    lse = tl.zeros([], ACC)
+    top = tl.zeros([], ACC)
+    log_total = tl.zeros([], ACC)
     if not is_ignored:
-        x_y = load(x_row + phase + y, (y >= 0) & (y < V), ACC, "")  # before the barriers of the sums: later it is gone
-        lse, sum_x = row_statistics(
-            x_row, phase, V, softcap, VEC, VECTORS, ALIGNED, SMOOTHED, CAPPED, ACC, "evict_last"
-        )
-        loss = row_loss(lse, cap(x_y, softcap, CAPPED), sum_x, y, V, smoothing, z_loss, SMOOTHED)
+        loss, top, log_total = row_loss(
+            x_row, phase, V, y, smoothing, z_loss, softcap,
+            VEC, VECTORS, ALIGNED, SMOOTHED, CAPPED, ACC, "evict_last",
+        )  # fmt: skip
     tl.store(loss_ptr + row, loss)
     write_row_gradient(
-        x_row, x_row, phase, V, y, is_ignored, g, lse, smoothing, z_loss, softcap,
+        x_row, x_row, phase, V, y, is_ignored, g, top, log_total, smoothing, z_loss, softcap,
         VEC, VECTORS, ALIGNED, CAPPED, ACC, INTERPRET,
     )  # fmt: skip
 
@@ -235,7 +232,7 @@ IN_PLACE = Tunable(
 )  # fmt: skip
 
 
-def _layout(x: Tensor, rows: Rows, how: CrossEntropyLaunch) -> dict[str, int | bool]:
+def _layout(x: Tensor, rows: Rows, how: CrossEntropyLaunch) -> dict[str, Any]:
     vec = VECTOR_BYTES // x.element_size()
     aligned = not any(k % vec for k in (lead_of(x), rows.batch_stride, rows.row_stride, x.shape[-1]))
     vectors = how.num_warps * card_of(x).warp_size * how.vectors_per_thread
@@ -248,23 +245,29 @@ def launch_cross_entropy_forward(
     """The op on a GPU, and on a CPU under the interpreter."""
     logits, rows = readable(logits)
     target, n = target.contiguous(), logits.shape[-1]
-    total, lse, scale = _forward_shapes(logits, target, reduction)
-    losses = total if reduction == "none" else torch.empty_like(lse)
+    total, statistics, scale = _forward_shapes(logits, target, reduction)
+    losses = total if reduction == "none" else torch.empty_like(statistics[0])
     with on_device_of(logits):
         how = FORWARD.resolve(card_of(logits), n=n, dtype=dtype_name(logits.dtype))
         launch(
             _cross_entropy_forward_kernel, (target.numel(),),
-            logits, target, losses, lse, *rows, lead_of(logits), n, *options, **_layout(logits, rows, how),
+            logits, target, losses, *statistics, *rows, lead_of(logits), n, *options, **_layout(logits, rows, how),
             SMOOTHED=options.label_smoothing != 0, CAPPED=options.softcap != 0, ACC=accumulator(logits.dtype),
             num_warps=how.num_warps,
         )  # fmt: skip
     if reduction != "none":
         launch_reduce(losses, target, total, scale if reduction == "mean" else None, options.ignore_index)
-    return total, lse, scale
+    return total, statistics, scale
 
 
 def launch_cross_entropy_backward(
-    g: Tensor, logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, options: CrossEntropyOptions, out: Tensor
+    g: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    scale: Tensor,
+    options: CrossEntropyOptions,
+    out: Tensor,
 ) -> None:
     """Write scale · g · dlogits to ``out``, which may be ``logits``; g has one element, or one for each row."""
     source, rows = readable(logits)
@@ -276,7 +279,7 @@ def launch_cross_entropy_backward(
         how = BACKWARD.resolve(card_of(logits), n=n, dtype=dtype_name(logits.dtype))
         launch(
             _cross_entropy_backward_kernel, (target.numel(),),
-            source, target, lse, g, scale if scale.numel() else None, out, *rows, lead_of(source), n, *options,
+            source, target, *statistics, g, scale if scale.numel() else None, out, *rows, lead_of(source), n, *options,
             g.stride(0) if g.numel() > 1 else 0, *out_strides, lead_of(out), **_layout(source, rows, how),
             SAME_PHASE=same_phase, CAPPED=options.softcap != 0, ACC=accumulator(logits.dtype), INTERPRET=INTERPRETED,
             num_warps=how.num_warps,
@@ -299,44 +302,45 @@ def launch_cross_entropy_in_place_(
         )  # fmt: skip
 
 
-def _forward(logits: Tensor, target: Tensor, reduction: str, *options: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(logits: Tensor, target: Tensor, reduction: str, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return launch_cross_entropy_forward(logits, target, reduction, CrossEntropyOptions(*options))
 
 
-def _forward_shapes(logits: Tensor, target: Tensor, reduction: str, *_: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_shapes(logits: Tensor, target: Tensor, reduction: str, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=acc)
-    lse = logits.new_empty(target.shape, dtype=acc)
-    return loss, lse, logits.new_empty(() if reduction == "mean" else (0,), dtype=acc)
+    statistics = logits.new_empty((2, *target.shape), dtype=acc)  # max x and log Σ exp(x − max x)
+    return loss, statistics, logits.new_empty(() if reduction == "mean" else (0,), dtype=acc)
 
 
-def _backward(g: Tensor, logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, *options: float) -> Tensor:
+def _backward(g: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, scale: Tensor, *options: Any) -> Tensor:
     out = empty_gradient(logits)
-    launch_cross_entropy_backward(g, logits, target, lse, scale, CrossEntropyOptions(*options), out)
+    launch_cross_entropy_backward(g, logits, target, statistics, scale, CrossEntropyOptions(*options), out)
     return out
 
 
-def _backward_(g: Tensor, logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, *options: float) -> None:
+def _backward_(g: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, scale: Tensor, *options: Any) -> None:
     if Rows.of(logits) is None:
-        logits.copy_(_backward(g, logits, target, lse, scale, *options))
+        logits.copy_(_backward(g, logits, target, statistics, scale, *options))
     else:
-        launch_cross_entropy_backward(g, logits, target, lse, scale, CrossEntropyOptions(*options), logits)
+        launch_cross_entropy_backward(g, logits, target, statistics, scale, CrossEntropyOptions(*options), logits)
 
 
+_SAVED = "Tensor target, Tensor statistics, Tensor scale"
 _OPTIONS = "SymInt ignore_index, float label_smoothing, float z_loss, float softcap"
 register(
     f"cross_entropy_forward(Tensor logits, Tensor target, str reduction, {_OPTIONS})"
-    " -> (Tensor loss, Tensor lse, Tensor scale)",
+    " -> (Tensor loss, Tensor statistics, Tensor scale)",
     _forward,
     _forward_shapes,
 )
 register(
-    f"cross_entropy_backward(Tensor g, Tensor logits, Tensor target, Tensor lse, Tensor scale, {_OPTIONS}) -> Tensor",
+    f"cross_entropy_backward(Tensor g, Tensor logits, {_SAVED}, {_OPTIONS}) -> Tensor",
     _backward,
     lambda g, logits, *_: empty_gradient(logits),
 )
 register(
-    f"cross_entropy_backward_(Tensor g, Tensor(a!) logits, Tensor target, Tensor lse, Tensor scale, {_OPTIONS}) -> ()",
+    f"cross_entropy_backward_(Tensor g, Tensor(a!) logits, {_SAVED}, {_OPTIONS}) -> ()",
     _backward_,
     lambda *_: None,
 )
@@ -344,24 +348,24 @@ register(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, reduction, overwrite_logits, *options: float):
-        loss, lse, scale = torch.ops.tritonspeed.cross_entropy_forward(logits, target, reduction, *options)
-        ctx.save_for_backward(logits, target, lse, scale)
+    def forward(ctx, logits, target, reduction, overwrite_logits, *options: Any):
+        loss, statistics, scale = torch.ops.tritonspeed.cross_entropy_forward(logits, target, reduction, *options)
+        ctx.save_for_backward(logits, target, statistics, scale)
         ctx.overwrite_logits, ctx.options = overwrite_logits, options
         return loss.to(_loss_dtype(logits))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
-        logits, target, lse, scale = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        logits, target, statistics, scale = ctx.saved_tensors
         # a compiled graph may not change what it has saved, and reuses memory by itself
         if ctx.overwrite_logits and not torch.compiler.is_compiling():
-            logits = logits.detach()
-            torch.ops.tritonspeed.cross_entropy_backward_(g, logits, target, lse, scale, *ctx.options)
-            torch.autograd.graph.increment_version(logits)  # who needs the logits after this is told, not misled
-            return logits, None, None, None, *(None for _ in ctx.options)
-        dlogits = torch.ops.tritonspeed.cross_entropy_backward(g, logits, target, lse, scale, *ctx.options)
-        return dlogits, None, None, None, *(None for _ in ctx.options)
+            dlogits = logits.detach()
+            torch.ops.tritonspeed.cross_entropy_backward_(g, dlogits, target, statistics, scale, *ctx.options)
+            torch.autograd.graph.increment_version(dlogits)  # who needs the logits after this is told, not misled
+        else:
+            dlogits = torch.ops.tritonspeed.cross_entropy_backward(g, logits, target, statistics, scale, *ctx.options)
+        return dlogits, *(None,) * (3 + len(ctx.options))
 
 
 def check_options(operation: str, reduction: str, label_smoothing: float, softcap: float | None) -> None:

@@ -124,12 +124,12 @@ def _add_up(top, total, x):
 
 
 @triton.jit
-def row_statistics(
-    x_row, phase, V, softcap,
+def _row_statistics(
+    x_row, phase, V, pivot, softcap,
     VEC: tl.constexpr, VECTORS: tl.constexpr, ALIGNED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr,
     ACC: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """log Σ exp(x) and, if SMOOTHED, Σ x of one row."""
+    """max x, log Σ exp(x − max x) and, if SMOOTHED, Σ (x − pivot) of a row: apart, so no common offset rounds them."""
     first, end = _vectors(phase, V, VEC, ALIGNED)
     vector = tl.arange(0, VECTORS)
     tile = vector[:, None] * VEC + tl.arange(0, VEC)[None, :]
@@ -141,42 +141,55 @@ def row_statistics(
         x = cap(load(x_row + v * VEC + tile, None, ACC, EVICT), softcap, CAPPED)
         top, total = _add_up(top, total, x)
         if SMOOTHED:
-            sums += tl.sum(x, axis=1)
+            sums += tl.sum(x - pivot, axis=1)
     inside = (full_end + vector < end)[:, None] & (tile >= 0)  # whole vectors at a time: 16-byte loads
     x = cap(load(x_row + full_end * VEC + tile, inside, ACC, EVICT), softcap, CAPPED)
     top, total = _add_up(top, total, tl.where(inside, x, float("-inf")))
     if SMOOTHED:
-        sums += tl.sum(x, axis=1)  # 0 where there is nothing
+        sums += tl.sum(tl.where(inside, x - pivot, 0.0), axis=1)
     sum_x = tl.sum(sums, axis=0)
     row_top = tl.max(top, axis=0)
     if not ALIGNED:
         at, there = _edges(phase, first, end, V, VEC)
         x = cap(load(x_row + at, there, ACC, EVICT), softcap, CAPPED)
         if SMOOTHED:
-            sum_x += tl.sum(x, axis=0)
+            sum_x += tl.sum(tl.where(there, x - pivot, 0.0), axis=0)
         x = tl.where(there, x, float("-inf"))
         row_top = tl.maximum(row_top, tl.max(x, axis=0))
     shift = tl.where(row_top == float("-inf"), 0.0, row_top)
     row_total = tl.sum(total * tl.exp(top - shift), axis=0)
     if not ALIGNED:
         row_total += tl.sum(tl.exp(x - shift), axis=0)
-    return shift + tl.log(row_total), sum_x
+    return shift, tl.log(row_total), sum_x
 
 
 @triton.jit
-def row_loss(lse, x_y, sum_x, y, V, smoothing, z_loss, SMOOTHED: tl.constexpr):
-    """NaN where the target is no class."""
-    loss = lse - x_y
+def row_loss(
+    x_row, phase, V, y, smoothing, z_loss, softcap,
+    VEC: tl.constexpr, VECTORS: tl.constexpr, ALIGNED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr,
+    ACC: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """The loss, NaN where the target is no class; max x; log Σ exp(x − max x)."""
+    is_class = (y >= 0) & (y < V)
+    # read before the sums, whose barriers part it from a gradient that is written over it
+    x_y = cap(load(x_row + phase + y, is_class, ACC, ""), softcap, CAPPED)
+    pivot = tl.where(tl.abs(x_y) < float("inf"), x_y, 0.0)
+    top, log_total, rest = _row_statistics(
+        x_row, phase, V, pivot, softcap, VEC, VECTORS, ALIGNED, SMOOTHED, CAPPED, ACC, EVICT
+    )
+    loss = log_total + (top - x_y)
     if SMOOTHED:
-        loss = (1.0 - smoothing) * loss + smoothing * (lse - sum_x / V)
-    return tl.where((y >= 0) & (y < V), loss + z_loss * lse * lse, float("nan"))
+        loss = (1.0 - smoothing) * loss + smoothing * (log_total + (top - pivot) - rest / V)
+    lse = top + log_total
+    return tl.where(is_class, loss + z_loss * lse * lse, float("nan")), top, log_total
 
 
 @triton.jit
-def _gradient(x, column, y, lse, of_softmax, of_target, of_all, softcap, CAPPED: tl.constexpr):
+def _gradient(x, column, y, top, log_total, g, g_z, of_target, of_all, softcap, CAPPED: tl.constexpr):
     capped = cap(x, softcap, CAPPED)
-    dx = tl.exp(capped - lse) * of_softmax - of_all
-    dx = tl.where(column == y, dx - of_target, dx)
+    p = tl.exp((capped - top) - log_total)
+    dx = p - of_all
+    dx = tl.where(column == y, dx - of_target, dx) * g + p * g_z
     if CAPPED:
         share = capped / softcap
         dx = dx * (1.0 - share * share)
@@ -185,7 +198,7 @@ def _gradient(x, column, y, lse, of_softmax, of_target, of_all, softcap, CAPPED:
 
 @triton.jit
 def write_row_gradient(
-    x_row, out_row, phase, V, y, is_ignored, g, lse, smoothing, z_loss, softcap,
+    x_row, out_row, phase, V, y, is_ignored, g, top, log_total, smoothing, z_loss, softcap,
     VEC: tl.constexpr, VECTORS: tl.constexpr, ALIGNED: tl.constexpr, CAPPED: tl.constexpr, ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -205,18 +218,18 @@ def write_row_gradient(
             store(out_row + at, tl.zeros([2 * VEC], out_row.dtype.element_ty), there)
     else:
         g = tl.where((y >= 0) & (y < V), g, float("nan"))
-        of_softmax, of_target, of_all = g * (1.0 + 2.0 * z_loss * lse), g * (1.0 - smoothing), g * (smoothing / V)
+        g_z, of_target, of_all = g * (2.0 * z_loss * (top + log_total)), 1.0 - smoothing, smoothing / V
         y_at = y.to(tl.int32) + phase
         for v in range(first, full_end, VECTORS):
             x = load(x_row + v * VEC + tile, None, ACC, "evict_first")
-            dx = _gradient(x, v * VEC + tile, y_at, lse, of_softmax, of_target, of_all, softcap, CAPPED)
+            dx = _gradient(x, v * VEC + tile, y_at, top, log_total, g, g_z, of_target, of_all, softcap, CAPPED)
             store_rounded(out_row + v * VEC + tile, dx, None, INTERPRET)
         x = load(x_row + full_end * VEC + tile, inside, ACC, "evict_first")
-        dx = _gradient(x, full_end * VEC + tile, y_at, lse, of_softmax, of_target, of_all, softcap, CAPPED)
+        dx = _gradient(x, full_end * VEC + tile, y_at, top, log_total, g, g_z, of_target, of_all, softcap, CAPPED)
         store_rounded(out_row + full_end * VEC + tile, dx, inside, INTERPRET)
         if not ALIGNED:
             x = load(x_row + at, there, ACC, "evict_first")
-            dx = _gradient(x, at, y_at, lse, of_softmax, of_target, of_all, softcap, CAPPED)
+            dx = _gradient(x, at, y_at, top, log_total, g, g_z, of_target, of_all, softcap, CAPPED)
             store_rounded(out_row + at, dx, there, INTERPRET)
 
 

@@ -29,6 +29,7 @@ rows are padded to 16 bytes: an odd V would leave the rows of Z unaligned, and Z
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ def _run(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
-    *options: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op: loss, dhidden, dweight, dbias and the scale that these still want; empty where not wanted."""
     at, wanted = CrossEntropyOptions(*options), _Wanted(wants_hidden, wants_weight, wants_bias)
@@ -255,7 +256,7 @@ def _shapes(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
-    *options: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     acc, wide = _accumulator(hidden), weight.dtype
     if wants_weight and target.numel() > max(1, chunk_tokens(target.numel(), hidden.shape[-1], num_chunks, True)):
@@ -282,7 +283,7 @@ register(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, reduction, num_chunks, out_dtype, *options: float):
+    def forward(ctx, hidden, weight, bias, target, reduction, num_chunks, out_dtype, *options: Any):
         is_late = reduction == "none"  # each token's gradient is known in the backward only
         wants = [needs and not is_late for needs in ctx.needs_input_grad[:3]]
         loss, *gradients, scale = torch.ops.tritonspeed.linear_cross_entropy(
@@ -298,7 +299,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         wants, others = ctx.needs_input_grad[:3], (None,) * (4 + len(ctx.options))
         hidden_dtype, weight_dtype = ctx.dtypes
         dtypes = hidden_dtype, weight_dtype, weight_dtype

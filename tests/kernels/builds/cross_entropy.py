@@ -16,18 +16,20 @@ PLAIN, FULL = CrossEntropyOptions(), CrossEntropyOptions(-100, 0.1, 1e-4, 30.0)
 def call(n: int, dtype: torch.dtype, options: CrossEntropyOptions = PLAIN, m: int = 4) -> None:
     logits, target = torch.empty(m, n, dtype=dtype), torch.empty(m, dtype=torch.int64)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    lse, scale, g = torch.empty(m, dtype=acc), torch.empty((), dtype=acc), torch.empty((), dtype=dtype)
+    statistics, scale, g = torch.empty(2, m, dtype=acc), torch.empty((), dtype=acc), torch.empty((), dtype=dtype)
     launch_cross_entropy_forward(logits, target, "mean", options)
-    launch_cross_entropy_backward(g, logits, target, lse, scale, options, torch.empty_like(logits))
-    launch_cross_entropy_in_place_(logits, target, None, lse, options)
+    launch_cross_entropy_backward(g, logits, target, statistics, scale, options, torch.empty_like(logits))
+    launch_cross_entropy_in_place_(logits, target, None, statistics[0], options)
 
 
 def call_misplaced() -> None:
     """Logits one element off a boundary, into a gradient that is on one."""
     logits = torch.empty(4 * 50257 + 1, dtype=torch.bfloat16)[1:].view(4, 50257)
-    lse = torch.empty(4)
+    statistics = torch.empty(2, 4)
     target = torch.empty(4, dtype=torch.int64)
-    launch_cross_entropy_backward(lse, logits, target, lse, torch.empty(0), PLAIN, torch.empty_like(logits))
+    launch_cross_entropy_backward(
+        statistics[0], logits, target, statistics, torch.empty(0), PLAIN, torch.empty_like(logits)
+    )
 
 
 BUILDS = {

@@ -1,5 +1,7 @@
 """Losses as modules: ``torch.nn.CrossEntropyLoss`` as it is called, and the output layer and its loss in one."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -95,12 +97,13 @@ class LinearCrossEntropyLoss(nn.Module):
     def forward(self, hidden: Tensor, weight: Tensor | nn.Module, target: Tensor, bias: Tensor | None = None) -> Tensor:
         """hidden (..., H), weight (V, H) or a layer that has it (and its bias), target (...), bias (V,)."""
         if isinstance(weight, nn.Module):
-            weight, bias = weight.weight, getattr(weight, "bias", None) if bias is None else bias
+            bias = getattr(weight, "bias", None) if bias is None else bias
+        matrix: Any = weight.weight if isinstance(weight, nn.Module) else weight
         if self.shift:
             target = F.pad(target[..., 1:], (0, 1), value=self.ignore_index)
         return linear_cross_entropy(
             hidden,
-            weight,
+            matrix,
             target,
             bias=bias,
             ignore_index=self.ignore_index,
