@@ -323,9 +323,8 @@ def test_a_key_tells_cards_of_one_architecture_apart() -> None:
 
 
 def test_what_ships_is_valid_and_is_for_kernels_that_are_there() -> None:
-    from tritonspeed.tuning.plan import import_all_tunables
-
     from tritonspeed.kernels.tuned import TUNABLES
+    from tritonspeed.tuning.planning import import_all_tunables
 
     import_all_tunables()
     for path in stores.SHIPPED.rglob("*.json"):

@@ -5,7 +5,17 @@
 ``flight``       what every rank has issued: a rolling hash, a log of the last operations, a watchdog
 """
 
-from tritonspeed.comm.collectives import Pending, all_gather_, broadcast_, exchange, read_scalars, reduce_scatter, sum_
+from tritonspeed.comm.collectives import (
+    Pending,
+    all_gather_,
+    broadcast_,
+    broadcast_text,
+    exchange,
+    gather_texts,
+    read_scalars,
+    reduce_scatter,
+    sum_,
+)
 from tritonspeed.comm.mesh import Mesh, init_distributed, is_initialized, mesh_of, shutdown
 
 __all__ = [
@@ -13,7 +23,9 @@ __all__ = [
     "Pending",
     "all_gather_",
     "broadcast_",
+    "broadcast_text",
     "exchange",
+    "gather_texts",
     "init_distributed",
     "is_initialized",
     "mesh_of",

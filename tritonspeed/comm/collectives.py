@@ -202,6 +202,30 @@ def broadcast_(mesh: Mesh, tensor: Tensor, source: int, unit: str) -> None:
         tensor.copy_(flat)
 
 
+def broadcast_text(mesh: Mesh, text: str | None, source: int, unit: str) -> str:
+    """Rank ``source``'s text, on every rank; the others pass None. Blocking.
+
+    Raises:
+        ValueError: rank ``source`` passes None.
+    """
+    if mesh.rank == source and text is None:
+        raise ValueError(f"broadcast_text: rank {source} is the source of {unit!r} and has passed no text")
+    raw = bytearray((text or "").encode()) if mesh.rank == source else bytearray()
+    length = torch.tensor([len(raw)], dtype=torch.int64, device=mesh.device)
+    broadcast_(mesh, length, source, unit)
+    payload = torch.zeros(int(length.item()), dtype=torch.uint8, device=mesh.device)
+    if raw:
+        payload.copy_(torch.frombuffer(raw, dtype=torch.uint8))
+    if payload.numel():
+        broadcast_(mesh, payload, source, unit)
+    return bytes(payload.tolist()).decode()
+
+
+def gather_texts(mesh: Mesh, text: str, unit: str) -> list[str]:
+    """Every rank's text, in rank order; blocking. For rare uses: as many broadcasts as there are ranks."""
+    return [broadcast_text(mesh, text if mesh.rank == rank else None, rank, unit) for rank in range(mesh.world)]
+
+
 def sum_(mesh: Mesh, tensor: Tensor, unit: str) -> None:
     """Add ``tensor`` over the ranks, in place, on every rank; blocking. For rare uses: it does not fix the order."""
     if mesh.world == 1:

@@ -59,6 +59,10 @@ class Corrupt(Exception):
     """A file's contents are not what a store writes; the text says where."""
 
 
+class Unwritable(ValueError):
+    """A store's folder cannot be written."""
+
+
 class Newer(Exception):
     """A file's format is of a later version of this package."""
 
@@ -144,11 +148,15 @@ class FolderStore:
             )
             return found
 
+    def forget(self) -> None:
+        """Read the files again when they are next asked for."""
+        self._read.clear()
+
     def put(self, card: Card, name: str, source: str, features: str, entry: Entry) -> None:
         """Merge one entry into its file; it is on disk when this returns.
 
         Raises:
-            ValueError: the folder cannot be written, or its file is of a later version.
+            Unwritable: the folder cannot be written, or its file is of a later version.
         """
         path = self.path(card.key, name)
         line = {"kind": "accepted", "features": features, "source": source, "entry": asdict(entry)}
@@ -163,7 +171,7 @@ class FolderStore:
         """Append what was timed to the journal; it is on disk when this returns.
 
         Raises:
-            ValueError: the folder cannot be written.
+            Unwritable: the folder cannot be written.
         """
         path = self.path(card.key, name)
         with self._writing(path):
@@ -181,7 +189,7 @@ class FolderStore:
         """Find out before an hour of timing, not after.
 
         Raises:
-            ValueError: the folder cannot be written, or its file is of a later version.
+            Unwritable: the folder cannot be written, or its file is of a later version.
         """
         path = self.path(card.key, name)
         with self._writing(path):
@@ -202,9 +210,9 @@ class FolderStore:
             with _locked(path):
                 yield
         except Newer as error:
-            raise ValueError(f"{path}: {error}: update tritonspeed, or name another folder") from error
+            raise Unwritable(f"{path}: {error}: update tritonspeed, or name another folder") from error
         except OSError as error:
-            raise ValueError(
+            raise Unwritable(
                 f"tuned configurations cannot be written to {self.folder}: {error}: name a folder that you may write"
                 " (`tritonspeed tune --out DIR`, ts.tuning.use(directory=...))"
             ) from error
@@ -218,6 +226,11 @@ class Layers:
 
     def __repr__(self) -> str:
         return f"Layers({', '.join(map(repr, self.stores))})"
+
+    def forget(self) -> None:
+        """Read the files again when they are next asked for."""
+        for store in self.stores:
+            store.forget()
 
     def lookup(self, card: Card, name: str, source: str, features: str) -> dict[str, int] | None:
         """The first answer."""

@@ -55,15 +55,15 @@ class Tunable(Generic[L]):
         self.name, self.kernels, self.launch = name, tuple(kernels), launch
         self.heuristic, self.candidates = heuristic, candidates
         self._resolved: dict[tuple[Any, ...], L] = {}
-        self._pinned: L | None = None
+        self._pinned: tuple[L, dict[str, Feature] | None] | None = None
         TUNABLES[name] = self
 
     def resolve(self, card: Card, **features: Feature) -> L:
         """The configuration for these features on this card."""
         for listener in _listeners:
             listener(self, card, features)
-        if self._pinned is not None:
-            return self._pinned
+        if self._pinned is not None and self._pinned[1] in (None, features):
+            return self._pinned[0]
         key = (card, *features.items())
         found = self._resolved.get(key)
         if found is None:
@@ -88,9 +88,9 @@ class Tunable(Generic[L]):
         return frozenset(field.name for field in dataclasses.fields(self.launch))  # type: ignore[arg-type]
 
     @contextmanager
-    def pinned(self, launch: L) -> Iterator[None]:
-        """Take this configuration, whatever the stores say."""
-        before, self._pinned = self._pinned, launch
+    def pinned(self, launch: L, features: dict[str, Feature] | None = None) -> Iterator[None]:
+        """Take this configuration, whatever the stores say: for these features, or for all."""
+        before, self._pinned = self._pinned, (launch, features)
         try:
             yield
         finally:

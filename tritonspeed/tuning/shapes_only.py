@@ -5,6 +5,7 @@ matmul of a fused linear cross-entropy over a vocabulary of 128 Ki, 9 TFLOP, tak
 memory that nobody has written: an address, a shape and a type, which is all that a launch is made of.
 """
 
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from tritonspeed.kernels._ops import LAUNCHERS
+
+RESERVED_BYTES = 2**26
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python knows Linux's number from 3.13 on
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -53,7 +57,14 @@ def _on_meta(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
 
 
 def _unwritten(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    """Addresses for a meta tensor. Large ones are reserved, not allocated: a case may be larger than this machine."""
+    num_elems = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    num_bytes = num_elems * x.dtype.itemsize
+    if num_bytes < RESERVED_BYTES or x.numel() == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    reserved = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    flat = torch.frombuffer(reserved, dtype=torch.uint8).view(x.dtype)
+    return flat.as_strided(x.shape, x.stride())
 
 
 def _written(schema: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:

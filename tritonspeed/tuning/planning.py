@@ -82,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What matters of a compiled recipe; ``error`` is the first line of what the compiler said against it."""
+    """What matters of a compiled recipe; ``error`` is the last line of what the compiler said against it."""
 
     spilled_bytes: int = 0
     shared_bytes: int = 0
@@ -141,12 +141,12 @@ def _fill(job: Job, card: Card) -> None:
         inputs = job.case.make(torch.device("cpu"), 0)
         for candidate in job.candidates:
             try:
-                with tunable.pinned(candidate.launch), recording(card) as launched:
+                with tunable.pinned(candidate.launch, job.features), recording(card) as launched:
                     job.case.run(inputs)
                 recipes = [recipe_of(one) for one in launched if one.kernel in tunable.kernels]
                 candidate.recipes = tuple(dict.fromkeys(recipes))
             except Exception as error:  # whatever a launch function says against a candidate, the others go on
-                candidate.refused = f"cannot be launched: {_first_line(error)}"
+                candidate.refused = f"cannot be launched: {first_line(error)}"
 
 
 def compile_all(
@@ -213,7 +213,10 @@ def compile_one(recipe: Recipe, card: Card) -> Compiled:
     try:
         code = compile_recipe(recipe, card)
     except Exception as error:  # the compiler's exceptions have no common base; each is a reason not to time this one
-        return Compiled(error=_first_line(error))
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return Compiled(
+            error=f"{type(error).__name__}: {said[-1] if said else ''}"
+        )  # the source it is about comes first
     return Compiled(code.spilled_bytes, code.shared_bytes)
 
 
@@ -243,6 +246,7 @@ def _against(compiled: Compiled | None, card: Card) -> str:
     return "too much shared memory" if compiled.shared_bytes > card.max_shared_bytes else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
     said = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said.strip()}"
