@@ -162,10 +162,11 @@ def test_an_expanded_gradient_and_one_that_nobody_wants(device: torch.device) ->
     cos, sin = (table.to(device) for table in tables(5, 6))
     for wanted in ((True, False), (False, True), (True, True)):
         leaves = [heads(2, 5, h, 9).to(device).requires_grad_(w) for h, w in zip((3, 2), wanted, strict=True)]
-        total = sum(out.sum() for out in rotary(*leaves, cos, sin, rotary_dim=6))
+        q, k = leaves
+        total = sum(out.sum() for out in rotary(q, k, cos, sin, rotary_dim=6))
         found = torch.autograd.grad(total, [x for x in leaves if x.requires_grad])
         how = {"interleaved": False, "sequence_dim": 1, "rotary_dim": 6}
-        total = sum(out.sum() for out in rotary_reference(*leaves, cos, sin, **how))
+        total = sum(out.sum() for out in rotary_reference(q, k, cos, sin, **how))
         wants = torch.autograd.grad(total, [x for x in leaves if x.requires_grad])
         for got, want in zip(found, wants, strict=True):
             torch.testing.assert_close(got, want, **tolerance(torch.float32, magnitude=2))

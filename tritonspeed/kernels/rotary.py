@@ -154,6 +154,7 @@ class RotaryLaunch:
 
     @classmethod
     def heuristic(cls, card: Card, batch: int, s: int, heads: int, rotary_dim: int, dtype: str) -> "RotaryLaunch":
+        """As many heads a program as leave every SM a few."""
         half = next_power_of_2(rotary_dim // 2)
         block_s = min(max(1, 1024 // half), s)
         threads = min(max(block_s * half // 8, card.warp_size), 16 * card.warp_size)
@@ -168,6 +169,7 @@ class RotaryLaunch:
     def candidates(
         cls, card: Card, batch: int, s: int, heads: int, rotary_dim: int, dtype: str
     ) -> list["RotaryLaunch"]:
+        """Tiles of 512 to 2048 pairs, 1 to 16 heads."""
         half = next_power_of_2(rotary_dim // 2)
         blocks = sorted({min(max(1, elems // half), s) for elems in (512, 1024, 2048)})
         warps = sorted({min(16, max(1, block * half // each // card.warp_size)) for block in blocks for each in (4, 8)})

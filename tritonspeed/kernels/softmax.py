@@ -15,8 +15,7 @@ Source   Milakov & Gimelshein 2018, "Online normalizer calculation for softmax",
 Roof     not measured yet                                               (device, date, % of HBM, shape)
 
 A row that fits in registers is read once, several short ones by one program. A longer one is read twice, the second
-time backwards: what was read last is still in the L2. A row of N elements starts anywhere if 16 bytes do not divide it:
-its whole 16-byte groups are the *body*, the few elements before and behind them the *edge*, loaded and stored apart.
+time backwards: what was read last is still in the L2. ``softmax_rows`` says what a row's body and edge are.
 """
 
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonspeed.kernels._autograd import once_differentiable
 from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import (
     INTERPRETED,
@@ -39,6 +39,16 @@ from tritonspeed.kernels._triton import (
 )
 from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.rounding import load, store_rounded
+from tritonspeed.kernels.softmax_rows import (
+    as_scalar,
+    check_mask,
+    edge_columns,
+    exp,
+    lowest,
+    mask_layout,
+    mask_row,
+    span,
+)
 from tritonspeed.kernels.tuned import Tunable, dtype_name, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,48 +65,6 @@ def softmax_reference(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = No
     nothing_left = (t == -torch.inf).all(-1, keepdim=True)
     y = torch.softmax(t.masked_fill(nothing_left, 0.0), -1).masked_fill(nothing_left, 0.0)
     return y.to(x.dtype)
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * tl.full((), 1.4426950408889634, x.dtype))  # log2 e
-
-
-@triton.jit
-def _lowest(shape: tl.constexpr, ACC: tl.constexpr):
-    """The first maximum: finite, so that −∞ − maximum is −∞ and not NaN."""
-    return tl.full(shape, -3.4028234663852886e38, ACC)
-
-
-@triton.jit
-def _span(row, N, query_len, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr):
-    """Of rows: where the body begins, elements before it, elements in it, elements that are visible."""
-    start = row * N
-    head = (start * 0).to(tl.int32)
-    if ODD:
-        head = tl.minimum((V - start % V) % V, N).to(tl.int32)
-        body_start = (start + (V - 1)) // V * V  # = start + head unless the row has no body; divisible as compilers see
-    else:
-        body_start = start
-    body = (N - head) // V * V
-    visible = head * 0 + N
-    if CAUSAL:
-        visible = tl.minimum(tl.maximum(row % query_len + 1 + (N - query_len), 0), N).to(tl.int32)
-    return body_start, head, body, visible
-
-
-@triton.jit
-def _edge_columns(head, body, N, V: tl.constexpr, lane):
-    """Lanes 0 to V − 1 are the columns before the body, V to 2·V − 1 those behind it."""
-    column = tl.where(lane < V, lane, head + body + lane - V)
-    return column, tl.where(lane < V, lane < head, column < N)
-
-
-@triton.jit
-def _mask_row(row, size1, size2, step0, step1, step2):
-    """The mask's row for a row of x, whose index is (i0, i1, i2) in a grid of (…, size1, size2)."""
-    rest = row // size2
-    return rest // size1 * step0 + rest % size1 * step1 + row % size2 * step2
 
 
 @triton.jit
@@ -118,15 +86,15 @@ def _softmax_rows_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    scale = tl.cast(scale, ACC)
+    scale = as_scalar(scale, ACC)
     if not ODD:
         N = N // V * V  # the same number, with a divisor that the compiler sees
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # int64: M·N may pass 2³¹
     exists = row < M
-    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)  # [ROWS, 1]
+    body_start, head, body, visible = span(row, N, query_len, V, ODD, CAUSAL)  # [ROWS, 1]
     mask_start = row * 0
     if mask_ptr is not None:
-        mask_start = _mask_row(row, size1, size2, step0, step1, step2) * N
+        mask_start = mask_row(row, size1, size2, step0, step1, step2) * N
 
     lane = tl.arange(0, BLOCK)[None, :]
     writes = exists & (lane // V < body // V)  # whole groups: one bound for the lanes of an access
@@ -137,18 +105,19 @@ def _softmax_rows_kernel(
         x_ptr + body_start + lane, mask_ptr, mask_start, head + lane, reads, reads & (head + lane < visible), scale,
         ACC, "evict_first",
     )  # fmt: skip
-    top = tl.maximum(tl.max(t, axis=1)[:, None], _lowest([1, 1], ACC))
+    top = tl.maximum(tl.max(t, axis=1, keep_dims=True), lowest([1, 1], ACC))
+    column, edge, t_edge = None, None, None
     if ODD:
-        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V)[None, :])
+        column, edge = edge_columns(head, body, N, V, tl.arange(0, 2 * V)[None, :])
         edge = edge & exists
         seen = edge & (column < visible)
         t_edge = _scores(x_ptr + row * N + column, mask_ptr, mask_start, column, seen, seen, scale, ACC, "")
-        top = tl.maximum(top, tl.max(t_edge, axis=1)[:, None])
-    y = _exp(t - top)
-    total = tl.sum(y, axis=1)[:, None]
+        top = tl.maximum(top, tl.max(t_edge, axis=1, keep_dims=True))
+    y = exp(t - top)
+    total = tl.sum(y, axis=1, keep_dims=True)
     if ODD:
-        y_edge = _exp(t_edge - top)
-        total += tl.sum(y_edge, axis=1)[:, None]
+        y_edge = exp(t_edge - top)
+        total += tl.sum(y_edge, axis=1, keep_dims=True)
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         store_rounded(y_ptr + row * N + column, y_edge * inverse, edge, INTERPRET)
     else:
@@ -162,14 +131,14 @@ def _softmax_long_row_kernel(
     BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    scale = tl.cast(scale, ACC)
+    scale = as_scalar(scale, ACC)
     if not ODD:
         N = N // V * V
     row = tl.program_id(0).to(tl.int64)
-    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)
+    body_start, head, body, visible = span(row, N, query_len, V, ODD, CAUSAL)
     mask_start = row * 0
     if mask_ptr is not None:
-        mask_start = _mask_row(row, size1, size2, step0, step1, step2) * N
+        mask_start = mask_row(row, size1, size2, step0, step1, step2) * N
     x_ptr += body_start
     y_ptr += body_start
     lanes = tl.arange(0, BLOCK)
@@ -177,7 +146,7 @@ def _softmax_long_row_kernel(
     if CAUSAL:
         end = tl.minimum(body, tl.maximum(visible - head + (V - 1), 0) // V * V)
 
-    top = _lowest([BLOCK], ACC)  # a maximum and a sum for each lane: nothing crosses threads in the loop
+    top = lowest([BLOCK], ACC)  # a maximum and a sum for each lane: nothing crosses threads in the loop
     total = tl.zeros([BLOCK], ACC)
     for at in range(0, end, BLOCK):
         lane = at + lanes
@@ -187,18 +156,19 @@ def _softmax_long_row_kernel(
             "evict_last",
         )  # fmt: skip
         above = t - top
-        factor = _exp(-tl.abs(above))  # of exp(top − new) and exp(t − new) one is 1, this is the other
+        factor = exp(-tl.abs(above))  # of exp(top − new) and exp(t − new) one is 1, this is the other
         total = tl.where(above > 0, total * factor + 1.0, total + factor)
         top = tl.where(above > 0, t, top)
     row_top = tl.max(top, axis=0)
+    column, edge, t_edge, y_edge = None, None, None, None
     if ODD:
-        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V))
+        column, edge = edge_columns(head, body, N, V, tl.arange(0, 2 * V))
         seen = edge & (column < visible)
         t_edge = _scores(x_ptr + column - head, mask_ptr, mask_start, column, seen, seen, scale, ACC, "")
         row_top = tl.maximum(row_top, tl.max(t_edge, axis=0))
-    row_total = tl.sum(total * _exp(top - row_top), axis=0)
+    row_total = tl.sum(total * exp(top - row_top), axis=0)
     if ODD:
-        y_edge = _exp(t_edge - row_top)
+        y_edge = exp(t_edge - row_top)
         row_total += tl.sum(y_edge, axis=0)
     inverse = 1.0 / tl.where(row_total == 0.0, 1.0, row_total)
     if ODD:
@@ -212,7 +182,7 @@ def _softmax_long_row_kernel(
             x_ptr + lane, mask_ptr, mask_start, head + lane, reads, reads & (head + lane < visible), scale, ACC,
             "evict_first",
         )  # fmt: skip
-        store_rounded(y_ptr + lane, _exp(t - row_top) * inverse, lane // V < body // V, INTERPRET)
+        store_rounded(y_ptr + lane, exp(t - row_top) * inverse, lane // V < body // V, INTERPRET)
     if CAUSAL:
         for at in range(num_blocks * BLOCK, body, BLOCK):
             store_rounded(y_ptr + at + lanes, tl.zeros([BLOCK], ACC), (at + lanes) // V < body // V, INTERPRET)
@@ -224,12 +194,12 @@ def _softmax_rows_backward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    scale = tl.cast(scale, ACC)
+    scale = as_scalar(scale, ACC)
     if not ODD:
         N = N // V * V
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     exists = row < M
-    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)
+    body_start, head, body, visible = span(row, N, query_len, V, ODD, CAUSAL)
     lane = tl.arange(0, BLOCK)[None, :]
     writes = exists & (lane // V < body // V)
     reads = writes
@@ -237,14 +207,14 @@ def _softmax_rows_backward_kernel(
         reads = writes & (lane // V < (visible - head + (V - 1)) // V)  # y is 0 beyond, whatever g is
     y = load(y_ptr + body_start + lane, reads, ACC, "evict_first")
     g = load(g_ptr + body_start + lane, reads, ACC, "evict_first")
-    dot = tl.sum(y * g, axis=1)[:, None]
+    dot = tl.sum(y * g, axis=1, keep_dims=True)
     if ODD:
-        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V)[None, :])
+        column, edge = edge_columns(head, body, N, V, tl.arange(0, 2 * V)[None, :])
         edge = edge & exists
         seen = edge & (column < visible)
         y_edge = load(y_ptr + row * N + column, seen, ACC, "")
         g_edge = load(g_ptr + row * N + column, seen, ACC, "")
-        dot += tl.sum(y_edge * g_edge, axis=1)[:, None]
+        dot += tl.sum(y_edge * g_edge, axis=1, keep_dims=True)
         store_rounded(dx_ptr + row * N + column, y_edge * (g_edge - dot) * scale, edge, INTERPRET)
     store_rounded(dx_ptr + body_start + lane, y * (g - dot) * scale, writes, INTERPRET)
 
@@ -255,11 +225,11 @@ def _softmax_long_row_backward_kernel(
     BLOCK: tl.constexpr, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    scale = tl.cast(scale, ACC)
+    scale = as_scalar(scale, ACC)
     if not ODD:
         N = N // V * V
     row = tl.program_id(0).to(tl.int64)
-    body_start, head, body, visible = _span(row, N, query_len, V, ODD, CAUSAL)
+    body_start, head, body, visible = span(row, N, query_len, V, ODD, CAUSAL)
     g_ptr += body_start
     y_ptr += body_start
     dx_ptr += body_start
@@ -273,7 +243,7 @@ def _softmax_long_row_backward_kernel(
         dots += load(y_ptr + at + lanes, reads, ACC, "evict_last") * load(g_ptr + at + lanes, reads, ACC, "evict_last")
     dot = tl.sum(dots, axis=0)
     if ODD:
-        column, edge = _edge_columns(head, body, N, V, tl.arange(0, 2 * V))
+        column, edge = edge_columns(head, body, N, V, tl.arange(0, 2 * V))
         seen = edge & (column < visible)
         y_edge = load(y_ptr + column - head, seen, ACC, "")
         g_edge = load(g_ptr + column - head, seen, ACC, "")
@@ -313,6 +283,7 @@ class SoftmaxLaunch:
 
     @classmethod
     def forward(cls, card: Card, n: int, dtype: str, masked: bool) -> "SoftmaxLaunch":
+        """One row is held, with its mask."""
         # Registers at 32768 columns, 1024 threads: 50-64 on NVIDIA, 54-65 on gfx90a; with a mask and an odd length
         # sm_86 and sm_89 spill 16 bytes, gfx90a 2-11, gfx1100 (512 threads) 5. Looped over, 16 elements a thread take
         # 58-80, with a mask 80-106, and sm_80 spills 8 bytes; 8 elements 32-58 (ptxas, LLVM, triton 3.9).
@@ -324,7 +295,8 @@ class SoftmaxLaunch:
 
     @classmethod
     def backward(cls, card: Card, n: int, dtype: str) -> "SoftmaxLaunch":
-        # Two rows are held. 16384 columns: 50-64 registers at 1024 threads, gfx1100 92 at 512. 32768: in fp32 they are
+        """Two rows are held."""
+        # 16384 columns: 50-64 registers at 1024 threads, gfx1100 92 at 512. 32768: in fp32 they are
         # all of an SM's registers, and bf16, held as fp32, spills 88-312 bytes on sm_80 to sm_90 with 8, 16 or 32
         # warps; on AMD 86-188 registers and no spill. Looped over: 40-64 (ptxas, LLVM, triton 3.9).
         longest = 4096 if dtype == "fp64" else 32768 if card.backend == "hip" else 16384
@@ -334,6 +306,7 @@ class SoftmaxLaunch:
 
     @classmethod
     def candidates(cls, card: Card, n: int, dtype: str, masked: bool = False) -> list["SoftmaxLaunch"]:
+        """Both ways, for either direction."""
         whole = max(16, next_power_of_2(n))
         found = [cls._of(card, block, block, each) for block in (2048, 4096, 8192) if block < n for each in (8, 16)]
         if whole <= 32768:
@@ -349,35 +322,6 @@ SOFTMAX_FORWARD = Tunable(
 SOFTMAX_BACKWARD = Tunable(
     "softmax_backward", BACKWARD_KERNELS, SoftmaxLaunch, SoftmaxLaunch.backward, SoftmaxLaunch.candidates
 )
-
-
-def _mask_layout(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, tuple[int, int, int, int, int]]:
-    """The mask as rows of N, and which of them a row of x takes: (size1, size2, step0, step1, step2) of ``_mask_row``.
-
-    Neighbouring axes of x along which the mask does the same are one; only a mask that still varies over more than
-    three of them, or along rows not at all, is written out.
-    """
-    if mask is None:
-        return None, (1, 1, 0, 0, 0)
-    if mask.shape[-1:] != shape[-1:]:
-        mask = mask.expand(*mask.shape[:-1], shape[-1])
-    axes: list[tuple[int, int]] = []  # (size, rows of the mask from one to the next), the innermost first
-    step = 1
-    sizes = (1,) * (len(shape) - mask.ndim) + mask.shape
-    for size, own_size in zip(reversed(shape[:-1]), reversed(sizes[:-1]), strict=True):
-        own_step = step if own_size > 1 else 0
-        step *= own_size
-        if axes and own_step == axes[-1][0] * axes[-1][1]:
-            axes[-1] = (size * axes[-1][0], axes[-1][1])
-        elif size > 1:
-            axes.append((size, own_step))
-    if len(axes) > 3:
-        mask, axes = mask.expand(shape), [(shape[:-1].numel(), 1)]
-    axes += [(1, 0)] * (3 - len(axes))
-    rows = mask.contiguous()
-    if rows.dtype == torch.bool:
-        rows = rows.view(torch.uint8)
-    return rows, (axes[1][0], axes[0][0], axes[2][1], axes[1][1], axes[0][1])
 
 
 def _launch_over_rows(
@@ -401,7 +345,7 @@ def launch_softmax(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -
     y = torch.empty_like(x)
     if x.numel():
         n, query_len = x.shape[-1], x.shape[-2] if causal else 1
-        rows, layout = _mask_layout(mask, x.shape)
+        rows, layout = mask_layout(mask, x.shape)
         with on_device_of(x):
             how = SOFTMAX_FORWARD.resolve(card_of(x), n=n, dtype=dtype_name(x.dtype), masked=mask is not None)
             _launch_over_rows(FORWARD_KERNELS, how, x, causal, x, rows, y, n, query_len, *layout, scale)
@@ -439,15 +383,15 @@ register(
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    def forward(ctx, x, mask, scale, causal):
         y = torch.ops.tritonspeed.softmax(x, mask, scale, causal)
         ctx.save_for_backward(y)
         ctx.scale, ctx.causal, ctx.mask_like = scale, causal, None if mask is None else (mask.shape, mask.dtype)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    @once_differentiable
+    def backward(ctx, g):
         (y,) = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return torch.ops.tritonspeed.softmax_backward(g, y, ctx.scale, ctx.causal, False), None, None, None
@@ -489,7 +433,7 @@ def softmax(
             " transpose x, or pass a mask"
         )
     if mask is not None:
-        _check_mask(mask, x)
+        check_mask(mask, x)
     if x.ndim == 0:
         return softmax(x[None], scale=scale, mask=mask)[0]
     if not is_last:
@@ -503,15 +447,3 @@ def softmax(
     else:
         y = _Softmax.apply(x, mask, scale, causal)
     return y if is_last else y.movedim(-1, dim)
-
-
-def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(
-            f"softmax: mask is {mask.dtype}, must be bool (True takes part) or a float that is added: mask.bool()"
-        )
-    if mask.device != x.device:
-        raise ValueError(f"softmax: x is on {x.device}, mask on {mask.device}: move one to the other")
-    sizes = x.shape[x.ndim - mask.ndim :] if mask.ndim <= x.ndim else ()
-    if mask.ndim > x.ndim or any(own not in (1, size) for own, size in zip(mask.shape, sizes, strict=True)):
-        raise ValueError(f"softmax: mask {tuple(mask.shape)} cannot be broadcast to x {tuple(x.shape)}")

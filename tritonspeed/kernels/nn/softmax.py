@@ -14,13 +14,13 @@ class Softmax(nn.Softmax):
         dim: the axis that is normalised; None guesses as torch.nn does, with its warning.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the original's."""
         if self.dim is not None:
-            return softmax(x, self.dim)
-        dim = 0 if x.ndim in (0, 1, 3) else 1
-        warnings.warn(f"Softmax: dim is not given, {dim} is taken for {x.ndim} axes: pass dim", stacklevel=2)
-        return softmax(x, dim)
+            return softmax(input, self.dim)
+        dim = 0 if input.ndim in (0, 1, 3) else 1
+        warnings.warn(f"Softmax: dim is not given, {dim} is taken for {input.ndim} axes: pass dim", stacklevel=2)
+        return softmax(input, dim)
 
 
 class ScaledMaskedSoftmax(nn.Module):
