@@ -1,6 +1,7 @@
 """Gated units: every activation, flat and packed, views, and the halves of a fused projection in either order."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -109,8 +110,9 @@ def test_nan_and_infinity_go_where_pytorch_sends_them(device):
         x = {"gate": gate, "up": up}
         results = []
         # torch's vectorised gelu(∞) is NaN on a CPU, ours only where the CPU takes torch's
-        torchs = plain if activation != "gelu" or takes_reference(gate) else textbook_geglu
-        for function in (glu, torchs):
+        torchs: Callable[..., torch.Tensor] = plain if activation != "gelu" or takes_reference(gate) else textbook_geglu
+        functions: tuple[Callable[..., torch.Tensor], ...] = (glu, torchs)
+        for function in functions:
             leaves = [v.clone().requires_grad_() for v in x.values()]
             y = function(*leaves, activation)
             y.backward(torch.ones_like(y))

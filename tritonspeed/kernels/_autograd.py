@@ -26,7 +26,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         results = found if isinstance(found, tuple) else (found,)
         name = type(ctx).__name__.removeprefix("_").removesuffix("Backward")
         message = f"{name} of tritonspeed.kernels has no second derivative: take the reference function for it"
-        refuse = torch._C._functions.DelayedError(message.encode(), len(results))
+        refuse: Any = torch._C._functions.DelayedError(message.encode(), len(results))
         refused = refuse(*[x if x is None else x.detach().requires_grad_() for x in results])
         return refused if isinstance(found, tuple) else refused[0]
 

@@ -17,6 +17,7 @@ see strided_rows.py: 16 bytes an access where N and the strides are multiples of
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,7 +179,7 @@ FORWARD = Tunable("glu_forward", FORWARD_KERNELS, GLULaunch, GLULaunch.heuristic
 BACKWARD = Tunable("glu_backward", BACKWARD_KERNELS, GLULaunch, GLULaunch.heuristic, GLULaunch.candidates)
 
 
-def _constants(x: Tensor, activation: str) -> dict[str, object]:
+def _constants(x: Tensor, activation: str) -> dict[str, Any]:
     return {"ACTIVATION": activation, "ACC": accumulator(x.dtype), "INTERPRET": INTERPRETED}
 
 
@@ -212,7 +213,7 @@ def launch_glu_packed_forward(gate_up: Tensor, activation: str, gate_first: bool
     return y
 
 
-def _forward_rows(gate: Rows, up: Rows, y: Tensor, how: GLULaunch, constants: dict[str, object]) -> None:
+def _forward_rows(gate: Rows, up: Rows, y: Tensor, how: GLULaunch, constants: dict[str, Any]) -> None:
     n = y.shape[-1]
     num_rows = y.numel() // n
     grid, tile = tiling(how.block, num_rows, n, [gate, up])
@@ -253,7 +254,7 @@ def launch_glu_packed_backward(grad: Tensor, gate_up: Tensor, activation: str, g
     return dgate_up
 
 
-def _backward_rows(grad: Tensor, places: list[Rows], how: GLULaunch, constants: dict[str, object]) -> None:
+def _backward_rows(grad: Tensor, places: list[Rows], how: GLULaunch, constants: dict[str, Any]) -> None:
     """places: gate, up, dgate, dup."""
     num_rows, n = grad.shape
     grid, tile = tiling(how.block, num_rows, n, [plain_rows(grad), *places])

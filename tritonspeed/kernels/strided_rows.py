@@ -6,6 +6,7 @@ at different places within 16 bytes as soon as a stride is odd.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def halves(x: Tensor, gate_first: bool) -> tuple[Rows, Rows]:
     return (first, second) if gate_first else (second, first)
 
 
-def tiling(block: int, num_rows: int, n: int, places: list[Rows]) -> tuple[tuple[int], dict[str, int]]:
+def tiling(block: int, num_rows: int, n: int, places: list[Rows]) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the constants (VEC, ROWS, BLOCK_N) for rows of n columns, in tiles of block elements."""
     vec = 16 // places[0].base.element_size()
     while any(size % vec for place in places for size in (n, place.offset, place.stride)):
