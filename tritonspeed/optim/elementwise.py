@@ -170,11 +170,7 @@ class ElementwiseOptimizer(Optimizer):
                     self._step_param_(param, param.grad)
 
     def _step_param_(self, param: Tensor, grad: Tensor) -> None:
-        if grad.is_sparse:
-            raise ValueError(
-                f"{type(self).__name__}: the gradient of a parameter of shape {tuple(param.shape)} is sparse: set"
-                " sparse=False in its embedding, or give the parameter to torch.optim.SparseAdam"
-            )
+        self._check_dense(param, grad)
         state = self._state_of(param)
         flat_grad = grad.contiguous().view(-1)
         flat = param.detach().reshape(-1)  # a copy where the parameter is not contiguous (channels_last)
@@ -184,6 +180,13 @@ class ElementwiseOptimizer(Optimizer):
             self._update_(param, flat, flat_grad, state, None, None, 0)
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
+
+    def _check_dense(self, param: Tensor, grad: Tensor) -> None:
+        if grad.is_sparse:
+            raise ValueError(
+                f"{type(self).__name__}: the gradient of a parameter of shape {tuple(param.shape)} is sparse: set"
+                " sparse=False in its embedding, or give the parameter to torch.optim.SparseAdam"
+            )
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
@@ -224,6 +227,6 @@ class ElementwiseOptimizer(Optimizer):
         # a tensor without data has no number to give, and its update is not computed: any will do
         step = 1 if isinstance(state["step"], FakeTensor) else int(state["step"].item())
         place = in_groups if place is None else place
-        random = group["stochastic_rounding"] and param_out is not None and param_out.dtype == torch.bfloat16
+        random = group.get("stochastic_rounding") and param_out is not None and param_out.dtype == torch.bfloat16
         seed = mixed_seed(group["rounding_seed"], place, step) if random else None
         self._run_(group, Pass(master, grad, state, step, grad_scale, param_out, seed, first_element))
