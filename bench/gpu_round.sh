@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the tests under the marker `gpu`, then the benches.
-#   bench/gpu_round.sh OUT_DIR          JSON and round.log go to OUT_DIR; PYTHON=... picks the interpreter
-# Each part has a limit of its own and the rest runs on when one fails; all limits together stay under 9 minutes.
+# Everything that needs a GPU, in one go: the tests under the marker `gpu`, tuning of the main shapes, the kernel suite
+# with its pictures, the engine's trace.
+#   bench/gpu_round.sh OUT_DIR          results and round.log go to OUT_DIR; PYTHON=... picks the interpreter
+# Each part has a limit of its own, ends cleanly at it with what it has, and the rest runs on when one fails; all limits
+# together stay under 9 minutes. The suite runs with the configurations that were just tuned.
 set -u -o pipefail
 out=${1:?usage: bench/gpu_round.sh OUT_DIR}
 mkdir -p "$out"
@@ -18,10 +20,13 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 export PYTHONUNBUFFERED=1
-part tests 200 "$python" -m pytest -m gpu tests --ignore tests/engine
-part engine 90 "$python" -m pytest -m gpu tests/engine --basetemp "$out/engine"   # its trace stays there, for Perfetto
-part adamw 150 "$python" -m bench.kernels.bench_adamw --device cuda --sweep --out "$out"
-part global_norm 90 "$python" -m bench.kernels.bench_global_norm --device cuda --out "$out"
+export TRITONSPEED_CONFIG_DIR=$out/tuned
+part kernels 150 "$python" -m pytest -m gpu tests/kernels tests/optim
+part engine 70 "$python" -m pytest -m gpu tests --ignore tests/kernels --ignore tests/optim --basetemp "$out/engine"
+part tune 130 "$python" -m tritonspeed.cli tune --shapes llama8b --time-limit 110
+part suite 160 "$python" -m bench run --models llama8b gpt2 --time-limit 130 --out "$out"
+tar -czf "$out/tuned.tgz" -C "$out" tuned 2>>"$out/round.log" && rm -rf "$out/tuned"
+tar -czf "$out/engine.tgz" -C "$out" engine 2>>"$out/round.log" && rm -rf "$out/engine"   # holds the trace, for Perfetto
 
 echo "failed: ${failed[*]:-nothing}" | tee -a "$out/round.log"
 [ ${#failed[@]} -eq 0 ]

@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-Prepared = Callable[[], Tensor]
-"""A kernel with its inputs in place: each call runs it and returns what it wrote."""
+if TYPE_CHECKING:
+    from tritonspeed.tuning import Case
 
-_NUM_ELEMS = 1_000_003  # odd, so that the masked tail runs too
-_RELATIVE_TOLERANCE = 1e-5  # fp32, a handful of operations per element
+_RELATIVE_TOLERANCE = 1e-5  # fp32, a handful of operations per element; times √K behind a sum of K terms
+_MISMATCHED_CODES = 1e-3  # of quantised values: a tie that the last bit of a scale decides
 
 
 @dataclass(frozen=True)
 class KernelRun:
-    """How a kernel did. Times in milliseconds; `difference` is the largest one relative to the reference's largest."""
+    """How a kernel did. Times in milliseconds; `difference` is relative, in norm, to the reference."""
 
     name: str
     passed: bool
@@ -29,50 +29,43 @@ class KernelRun:
 
 
 def run_kernels(device: str = "cuda") -> list[KernelRun]:
-    """Run every kernel on `device`. A kernel that raises is a row with its error, not an exception."""
-    kernels = (("adamw_", _prepare_adamw), ("sum_of_squares", _prepare_sum_of_squares))
-    return [_check(name, prepare, device) for name, prepare in kernels]
+    """Run every kernel on `device`, on small odd shapes. One that raises is a row with its error, not an exception."""
+    from tritonspeed.tuning import MODELS, all_cases  # these import Triton, which a machine without a GPU need not have
+
+    families = all_cases([MODELS["tiny"]], torch.float32)
+    return [check_case(case, torch.device(device)) for family in families.values() for case in family]
 
 
-def _prepare_adamw(device: str) -> Prepared:
-    from tritonspeed.kernels import adamw_  # imports Triton, which a machine without a GPU need not have
+def check_case(case: Case, device: torch.device) -> KernelRun:
+    """Run one case and its reference on inputs of the same seed."""
+    from tritonspeed.tuning.case import tensors_of
+    from tritonspeed.tuning.verify import distances
 
-    master, exp_avg, grad = (_numbers(seed).to(device) for seed in range(3))
-    exp_avg_sq = _numbers(3).square().to(device)
-
-    def call() -> Tensor:
-        adamw_(master, exp_avg, exp_avg_sq, grad, step=2, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-        return torch.stack((master, exp_avg, exp_avg_sq))
-
-    return call
-
-
-def _prepare_sum_of_squares(device: str) -> Prepared:
-    from tritonspeed.kernels import sum_of_squares
-
-    x = _numbers(4).to(device)
-    return lambda: sum_of_squares(x)
-
-
-def _numbers(seed: int) -> Tensor:
-    return torch.randn(_NUM_ELEMS, generator=torch.Generator().manual_seed(seed))
-
-
-def _check(name: str, prepare: Callable[[str], Prepared], device: str) -> KernelRun:
     try:
-        expected = prepare("cpu")()  # CPU tensors take the reference
-        call = prepare(device)
-        first_ms, result = _timed(call, device)
-        again_ms, _ = _timed(call, device)
+        wanted = tensors_of(case.reference(case.make(device, 0)))
+        inputs = case.make(device, 0)
+        first_ms, result = _timed(lambda: case.run(inputs), device.type)
+        found = distances(tensors_of(result), wanted)
+        again_ms, _ = _timed(lambda: case.run(inputs), device.type)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
-        return KernelRun(name, False, 0.0, 0.0, 0.0, f"{type(error).__name__}: {first_line}")
-    difference = ((result.cpu() - expected).abs().max() / expected.abs().max()).item()
-    passed = difference <= _RELATIVE_TOLERANCE  # false for NaN
-    return KernelRun(name, passed, first_ms, again_ms, difference, "")
+        return KernelRun(case.label, False, 0.0, 0.0, 0.0, f"{type(error).__name__}: {first_line}")
+    if isinstance(found, str):
+        return KernelRun(case.label, False, 0.0, 0.0, 0.0, found)
+    allowed = _RELATIVE_TOLERANCE * case.num_summed**0.5
+    passed, difference = True, 0.0
+    for output, off in zip(tensors_of(result), found, strict=True):
+        if output.is_floating_point():
+            relative = off.norm / max(off.reference_norm, torch.finfo(torch.float32).tiny)
+            passed = passed and relative <= allowed and not off.num_elsewhere
+        else:
+            relative = off.norm
+            passed = passed and relative <= _MISMATCHED_CODES
+        difference = max(difference, relative)
+    return KernelRun(case.label, passed, first_ms, again_ms, difference, "")
 
 
-def _timed(call: Prepared, device: str) -> tuple[float, Tensor]:
+def _timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     """Milliseconds until the result is there. Of one call, launch included: a bench says what the kernel can do."""
     if device != "cpu":
         torch.cuda.synchronize()
