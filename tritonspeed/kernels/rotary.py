@@ -247,16 +247,19 @@ def _rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any) -> None:
     launch_rotary(q, k, q, k, cos, sin, Rotation(*how))
 
 
-def _rotary_cpu_(
+def _rotary_cpu(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sequence_dim: int, rotary_dim: int, interleaved: bool,
     conjugate: bool,
-) -> None:  # fmt: skip
-    turned = rotary_reference(
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return rotary_reference(
         q, k, cos, -sin if conjugate else sin, interleaved=interleaved, sequence_dim=sequence_dim,
         rotary_dim=rotary_dim,
     )  # fmt: skip
-    for x, done in zip((q, k), turned, strict=True):
-        x.copy_(done)
+
+
+def _rotary_cpu_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any) -> None:
+    for x, turned in zip((q, k), _rotary_cpu(q, k, cos, sin, *how), strict=True):
+        x.copy_(turned)
 
 
 def _rotary_shapes_(*_arguments: object) -> None:
@@ -264,7 +267,7 @@ def _rotary_shapes_(*_arguments: object) -> None:
 
 
 _HOW = "Tensor cos, Tensor sin, int sequence_dim, int rotary_dim, bool interleaved, bool conjugate"
-register(f"rotary(Tensor q, Tensor k, {_HOW}) -> (Tensor, Tensor)", _rotary, _rotary_shapes)
+register(f"rotary(Tensor q, Tensor k, {_HOW}) -> (Tensor, Tensor)", _rotary, _rotary_shapes, _rotary_cpu)
 register(f"rotary_(Tensor(a!) q, Tensor(b!) k, {_HOW}) -> ()", _rotary_, _rotary_shapes_, _rotary_cpu_)
 
 

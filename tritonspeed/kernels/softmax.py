@@ -18,7 +18,6 @@ A row that fits in registers is read once, several short ones by one program. A 
 time backwards: what was read last is still in the L2. ``softmax_rows`` says what a row's body and edge are.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,9 +36,9 @@ from tritonspeed.kernels._triton import (
     tl,
     triton,
 )
-from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.rounding import load, store_rounded
 from tritonspeed.kernels.softmax_rows import (
+    SoftmaxLaunch,
     as_scalar,
     check_mask,
     edge_columns,
@@ -49,7 +48,7 @@ from tritonspeed.kernels.softmax_rows import (
     mask_row,
     span,
 )
-from tritonspeed.kernels.tuned import Tunable, dtype_name, next_power_of_2
+from tritonspeed.kernels.tuned import Tunable, dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -261,59 +260,6 @@ def _softmax_long_row_backward_kernel(
             store_rounded(dx_ptr + at + lanes, tl.zeros([BLOCK], ACC), (at + lanes) // V < body // V, INTERPRET)
 
 
-@dataclass(frozen=True, slots=True)
-class SoftmaxLaunch:
-    """How rows are cut up.
-
-    Attributes:
-        block: columns of a tile; a row that is longer is looped over.
-        rows: rows of a tile, where a row fits.
-    """
-
-    block: int
-    rows: int
-    num_warps: int
-
-    @classmethod
-    def _of(cls, card: Card, block: int, num_elems: int, elems_per_thread: int) -> "SoftmaxLaunch":
-        rows = max(1, num_elems // block)
-        most_threads = 1024 if card.backend != "hip" else 16 * card.warp_size
-        threads = min(max(rows * block // elems_per_thread, card.warp_size), most_threads)
-        return cls(block, rows, threads // card.warp_size)
-
-    @classmethod
-    def forward(cls, card: Card, n: int, dtype: str, masked: bool) -> "SoftmaxLaunch":
-        """One row is held, with its mask."""
-        # Registers at 32768 columns, 1024 threads: 50-64 on NVIDIA, 54-65 on gfx90a; with a mask and an odd length
-        # sm_86 and sm_89 spill 16 bytes, gfx90a 2-11, gfx1100 (512 threads) 5. Looped over, 16 elements a thread take
-        # 58-80, with a mask 80-106, and sm_80 spills 8 bytes; 8 elements 32-58 (ptxas, LLVM, triton 3.9).
-        is_tight = masked and (card.backend == "hip" or n % 16 != 0)
-        longest = 4096 if dtype == "fp64" else 16384 if is_tight else 32768
-        if n > longest:
-            return cls._of(card, 4096, 4096, 8 if masked else 16)
-        return cls._of(card, max(16, next_power_of_2(n)), 2048, 16)
-
-    @classmethod
-    def backward(cls, card: Card, n: int, dtype: str) -> "SoftmaxLaunch":
-        """Two rows are held."""
-        # 16384 columns: 50-64 registers at 1024 threads, gfx1100 92 at 512. 32768: in fp32 they are
-        # all of an SM's registers, and bf16, held as fp32, spills 88-312 bytes on sm_80 to sm_90 with 8, 16 or 32
-        # warps; on AMD 86-188 registers and no spill. Looped over: 40-64 (ptxas, LLVM, triton 3.9).
-        longest = 4096 if dtype == "fp64" else 32768 if card.backend == "hip" else 16384
-        if n > longest:
-            return cls._of(card, 4096, 4096, 16)
-        return cls._of(card, max(16, next_power_of_2(n)), 2048, 8)
-
-    @classmethod
-    def candidates(cls, card: Card, n: int, dtype: str, masked: bool = False) -> list["SoftmaxLaunch"]:
-        """Both ways, for either direction."""
-        whole = max(16, next_power_of_2(n))
-        found = [cls._of(card, block, block, each) for block in (2048, 4096, 8192) if block < n for each in (8, 16)]
-        if whole <= 32768:
-            found += [cls._of(card, whole, num, each) for num in (1024, 2048, 4096) for each in (4, 8, 16, 32)]
-        return list(dict.fromkeys(found))
-
-
 FORWARD_KERNELS = (_softmax_rows_kernel, _softmax_long_row_kernel)
 BACKWARD_KERNELS = (_softmax_rows_backward_kernel, _softmax_long_row_backward_kernel)
 SOFTMAX_FORWARD = Tunable(
@@ -373,11 +319,25 @@ def _backward_shapes(_g: Tensor, y: Tensor, _scale: float, _causal: bool, widene
     return torch.empty_like(y, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-register("softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor", launch_softmax, _forward_shapes)
+def _forward_cpu(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    return softmax_reference(x, scale=scale, mask=mask, causal=causal)
+
+
+def _backward_cpu(g: Tensor, y: Tensor, scale: float, causal: bool, widened: bool) -> Tensor:
+    like = _backward_shapes(g, y, scale, causal, widened)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    product = g.to(wide) * y.to(wide)
+    return like.copy_(torch.sub(product, y * product.sum(-1, keepdim=True)) * scale)
+
+
+register(
+    "softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor", launch_softmax, _forward_shapes, _forward_cpu
+)
 register(
     "softmax_backward(Tensor g, Tensor y, float scale, bool causal, bool widened) -> Tensor",
     launch_softmax_backward,
     _backward_shapes,
+    _backward_cpu,
 )
 
 

@@ -5,10 +5,14 @@ A row of N elements starts anywhere if 16 bytes do not divide it: its whole grou
 neighbouring axes of x along which it does the same count as one, so that three numbers say which row a row of x takes.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tritonspeed.kernels._triton import tl, triton
+from tritonspeed.kernels.cards import Card
+from tritonspeed.kernels.tuned import next_power_of_2
 
 
 @triton.jit
@@ -58,6 +62,59 @@ def mask_row(row, size1, size2, step0, step1, step2):
     """The mask's row for a row of x, whose index is (i0, i1, i2) in a grid of (…, size1, size2)."""
     rest = row // size2
     return rest // size1 * step0 + rest % size1 * step1 + row % size2 * step2
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxLaunch:
+    """How rows are cut up.
+
+    Attributes:
+        block: columns of a tile; a row that is longer is looped over.
+        rows: rows of a tile, where a row fits.
+    """
+
+    block: int
+    rows: int
+    num_warps: int
+
+    @classmethod
+    def _of(cls, card: Card, block: int, num_elems: int, elems_per_thread: int) -> "SoftmaxLaunch":
+        rows = max(1, num_elems // block)
+        most_threads = 1024 if card.backend != "hip" else 16 * card.warp_size
+        threads = min(max(rows * block // elems_per_thread, card.warp_size), most_threads)
+        return cls(block, rows, threads // card.warp_size)
+
+    @classmethod
+    def forward(cls, card: Card, n: int, dtype: str, masked: bool) -> "SoftmaxLaunch":
+        """One row is held, with its mask."""
+        # Registers at 32768 columns, 1024 threads: 50-64 on NVIDIA, 54-65 on gfx90a; with a mask and an odd length
+        # sm_86 and sm_89 spill 16 bytes, gfx90a 2-11, gfx1100 (512 threads) 5. Looped over, 16 elements a thread take
+        # 58-80, with a mask 80-106, and sm_80 spills 8 bytes; 8 elements 32-58 (ptxas, LLVM, triton 3.9).
+        is_tight = masked and (card.backend == "hip" or n % 16 != 0)
+        longest = 4096 if dtype == "fp64" else 16384 if is_tight else 32768
+        if n > longest:
+            return cls._of(card, 4096, 4096, 8 if masked else 16)
+        return cls._of(card, max(16, next_power_of_2(n)), 2048, 16)
+
+    @classmethod
+    def backward(cls, card: Card, n: int, dtype: str) -> "SoftmaxLaunch":
+        """Two rows are held."""
+        # 16384 columns: 50-64 registers at 1024 threads, gfx1100 92 at 512. 32768: in fp32 they are all of an SM's
+        # registers, and bf16, held as fp32, spills 88-312 bytes on sm_80 to sm_90 with 8, 16 or 32 warps; on AMD
+        # 86-188 registers and no spill. Looped over: 40-64 (ptxas, LLVM, triton 3.9).
+        longest = 4096 if dtype == "fp64" else 32768 if card.backend == "hip" else 16384
+        if n > longest:
+            return cls._of(card, 4096, 4096, 16)
+        return cls._of(card, max(16, next_power_of_2(n)), 2048, 8)
+
+    @classmethod
+    def candidates(cls, card: Card, n: int, dtype: str, masked: bool = False) -> list["SoftmaxLaunch"]:
+        """Both ways, for either direction."""
+        whole = max(16, next_power_of_2(n))
+        found = [cls._of(card, block, block, each) for block in (2048, 4096, 8192) if block < n for each in (8, 16)]
+        if whole <= 32768:
+            found += [cls._of(card, whole, num, each) for num in (1024, 2048, 4096) for each in (4, 8, 16, 32)]
+        return list(dict.fromkeys(found))
 
 
 def mask_layout(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, tuple[int, int, int, int, int]]:
