@@ -9,6 +9,7 @@ _HOMES: dict[str, str] = {  # name → file in this folder
     "GEGLU": "activation",
     "LayerNorm": "norm",
     "LinearCrossEntropyLoss": "loss",
+    "QuantizedLinear": "linear",
     "RMSNorm": "norm",
     "RotaryEmbedding": "rotary",
     "ScaledMaskedSoftmax": "softmax",
