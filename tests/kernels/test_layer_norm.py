@@ -1,4 +1,4 @@
-"""LayerNorm: exactness against fp64, every gradient, its dropout mask, odd memory, and life under torch's transforms."""
+"""LayerNorm: exactness against fp64, every gradient, its dropout mask, odd memory, torch's transforms."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ from accuracy import assert_as_exact_as_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lanes import interpreted
-from norms import DTYPES, SHAPES, random_grads, random_inputs, results, terms
+from norms import CASES, DTYPES, assert_modules_agree, random_grads, random_inputs, results, terms
 from torch import Tensor
 
 from tritonspeed.kernels import layer_norm
@@ -31,17 +31,26 @@ def torchs_prenorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) ->
     return F.layer_norm(z, z.shape[-1:], weight, bias), z
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_as_exact_as_torch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    if shape[0] * shape[1] > 8192 and dtype == torch.float16:
-        pytest.skip("bf16 takes the same path; the interpreter is slow")
     inputs = random_inputs(shape, dtype, device, "weight", "bias")
     assert_as_exact_as_torch(layer_norm, torchs, inputs, random_grads(shape, device, 1), terms(shape))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 8), (5, 17), (2, 1001), (2, 8193)], ids=str)
+def test_one_column(device: torch.device) -> None:
+    inputs, grads = random_inputs((5, 1), torch.float32, device, "weight", "bias"), random_grads((5, 1), device, 1)
+    y, dx, dweight, dbias = results(layer_norm, inputs, grads)  # every value is its own mean
+    torch.testing.assert_close(y, inputs["bias"].expand(5, 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(dbias, grads[0].sum(0))
+    for zero in (dx, dweight):
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 8), torch.float32), ((5, 17), torch.float16), ((2, 1001), torch.bfloat16), ((1, 8193), torch.bfloat16)],
+    ids=str,
+)
 def test_with_a_residual(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     inputs = random_inputs(shape, dtype, device, "residual", "weight", "bias")
     assert_as_exact_as_torch(layer_norm, torchs_prenorm, inputs, random_grads(shape, device, 2), terms(shape))
@@ -53,8 +62,11 @@ def test_parameters_are_optional(names: tuple[str, ...], device: torch.device) -
     assert_as_exact_as_torch(layer_norm, torchs, inputs, random_grads((4, 33), device, 1), terms((4, 33)))
 
 
-@pytest.mark.parametrize("shape", [(6, 64), (5, 63), (2, 20001)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((6, 64), torch.float32), ((5, 63), torch.float32), ((5, 63), torch.bfloat16), ((2, 20001), torch.float32)],
+    ids=str,
+)
 def test_a_mean_far_from_zero(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     x = (torch.randn(shape) * 16 + 1e4).to(dtype).to(device)
     weight, bias = torch.rand(2, shape[1], device=device).to(dtype)
@@ -76,7 +88,7 @@ def test_types_may_differ(x_dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("block", [16, 32, 64], ids="block {}".format)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "residual, dropout"])
 def test_every_path_gives_the_same(n: int, block: int, extras: bool) -> None:
-    shape, options = (19, n), {"dropout_p": 0.3, "seed": 11} if extras else {}
+    shape, options = (11, n), {"dropout_p": 0.3, "seed": 11} if extras else {}
     names = ("residual", "weight", "bias") if extras else ("weight", "bias")
     inputs, grads = random_inputs(shape, torch.float32, torch.device("cpu"), *names), random_grads(shape, CPU, 2)
     grads = grads[: 2 if extras else 1]
@@ -93,13 +105,15 @@ def test_every_path_gives_the_same(n: int, block: int, extras: bool) -> None:
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("n", [64, 63, 8193], ids=str)
+@pytest.mark.parametrize(("num_rows", "n"), [(5, 64), (5, 63), (1, 4101), (1, 8205), (2, 9000)])
 @pytest.mark.parametrize("names", [(), ("residual",)], ids=["alone", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dropout_has_the_references_mask(
-    n: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device
+    num_rows: int, n: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    shape, options = (5, n), {"dropout_p": 0.25, "seed": 2**40 + 3}
+    if n > 64 and (dtype == torch.float32) == bool(names):
+        pytest.skip("one type for each path: the interpreter is slow")
+    shape, options = (num_rows, n), {"dropout_p": 0.25, "seed": 2**40 + 3}
     inputs = random_inputs(shape, dtype, device, *names, "weight", "bias")
     ours, theirs = (partial(f, **options) for f in (layer_norm, layer_norm_reference))
     grads = random_grads(shape, device, 1 + len(names))
@@ -190,7 +204,9 @@ def test_one_gradient_alone(wanted: str, device: torch.device) -> None:
         found = []
         for function in (layer_norm, layer_norm_reference):
             leaves = {name: x.detach().requires_grad_(name == wanted) for name, x in inputs.items()}
-            found.append(torch.autograd.grad(function(**leaves, **options), leaves[wanted], grads)[0])
+            y, z = function(**leaves, **options)
+            parts = (y, z) if wanted in ("x", "residual") else (y,)
+            found.append(torch.autograd.grad(parts, leaves[wanted], grads[: len(parts)])[0])
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
@@ -208,7 +224,7 @@ def test_one_output_alone(used: int, device: torch.device) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     n=st.integers(1, 40),
@@ -240,7 +256,7 @@ def test_gradcheck(n: int, extras: bool) -> None:
     def function(*tensors: Tensor) -> Any:
         return layer_norm(**dict(zip(inputs, tensors, strict=True)), **options)
 
-    assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in inputs.values()))
+    assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in inputs.values()), fast_mode=True)
 
 
 def test_twice_differentiated_is_refused(device: torch.device) -> None:
@@ -312,12 +328,7 @@ def test_the_module_is_torchs(shape: Any, options: dict[str, Any], device: torch
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(4, *ours.normalized_shape, device=device)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-    for norm in (ours, theirs):
-        norm(x).square().sum().backward()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
+    assert_modules_agree(ours, theirs, torch.randn(4, *ours.normalized_shape, device=device))
 
 
 def test_the_module_refuses_another_shape() -> None:

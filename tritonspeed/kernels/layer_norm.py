@@ -6,7 +6,7 @@
     dresidual = dz        dx = dz · k / (1 − p)        dw = Σ_rows g · x̂        db = Σ_rows g
 
 Shapes   x, y, z, residual: (..., N), M rows; w, b: (N,); mean, r: (M,)
-Types    x, residual, w, b each fp32, bf16, fp16 or fp64; y in x's type, z in the residual's; mean and r fp32 (fp64 for fp64)
+Types    x, residual, w, b each fp32, bf16, fp16 or fp64; y in x's type, z in the residual's; mean, r fp32 (fp64 for fp64)
 Bytes    s = itemsize, to 16 Ki columns forward and backward (longer: ``norm_rows``, ``norm_gradients``), P programs:
          forward   2·M·N·s + 2·N·s + 8·M            with residual   4·M·N·s + 2·N·s + 8·M
          backward  3·M·N·s + 2·N·s + 8·M + 16·P·N   with residual   4·M·N·s (5 with dropout) + the same rest

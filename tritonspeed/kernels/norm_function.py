@@ -133,7 +133,7 @@ class NormFunction(torch.autograd.Function):
 def mixed_reference(
     x: Tensor, residual: Tensor | None, dropout_p: float, seed: int | Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What is normalised, in fp32 (fp64 where x or residual is), and z = residual + dropout(x) in the residual's type."""
+    """What is normalised, in fp32 or fp64, and z = residual + dropout(x) in the residual's type."""
     mixed = x.to(statistics_dtype(x, residual))
     if dropout_p:
         mixed = dropout_reference(mixed, dropout_p, seed_tensor(seed, dropout_p, x))

@@ -3,9 +3,9 @@
     x̂ = (z − mean) · r        h = g · (offset + w)        c₁ = mean(h · x̂)        c₂ = mean(h), 0 for RMSNorm
     dz = g_z + r · (h − x̂ · c₁ − c₂)        dx = dropout's mask · dz        dw = Σ_rows g · x̂        db = Σ_rows g
 
-A few programs stay for all rows. Each keeps dw and db of its columns in registers, loads the next rows while it works on
-these (``num_stages``: asynchronous copies into shared memory), and leaves one partial row of dw and db in the end; a
-second kernel adds the partial rows up. No atomics, so two runs are equal to the last bit.
+A few programs stay for all rows. Each keeps dw and db of its columns in registers, loads the next rows while it works
+on these (``num_stages``: asynchronous copies into shared memory), and leaves one partial row of dw and db in the end;
+a second kernel adds the partial rows up. No atomics, so two runs are equal to the last bit.
 
     row in one block      c₁ and c₂ are summed in registers: each element of z and g crosses the bus once
     row in two blocks     two programs share the rows. Both read all of z and g and sum c₁ and c₂ of the whole row, each
@@ -210,13 +210,13 @@ def _norm_row_constants_kernel(
     z_seed = None
     if z_seed_ptr is not None:
         z_seed = tl.load(z_seed_ptr)
-    row, is_row, head = find_rows(tl.program_id(0), num_rows, n, 1, VEC, EDGES)
+    row, _, head = find_rows(tl.program_id(0), num_rows, n, 1, VEC, EDGES)
     rstd = tl.load(rstd_ptr + row)
     mean = rstd
     if CENTRED:
         mean = tl.load(mean_ptr + row)
     products, sums = tl.zeros([1, BLOCK], ACC), tl.zeros([1, BLOCK], ACC)
-    for i in range(0, tl.cdiv(n, BLOCK)):
+    for i in range(tl.cdiv(n, BLOCK)):
         column, inside = find_body(i * BLOCK, head, n, BLOCK, VEC)
         begin = place_body(row, n, head, i * BLOCK, VEC)
         at = begin + tl.arange(0, BLOCK)[None, :]
@@ -295,8 +295,8 @@ class NormBackwardLaunch:
             block, num_read = widest, num_read + 2  # two share the row; 8192 of fp32 spill 136 bytes there, gfx950 293
         elif block > widest:
             block = min(4096, widest)
-        # 16 elements a thread take 97-128 registers (ptxas, sm_90), so 512 threads fill a multiprocessor, and one tile of
-        # 8192 on the way while another is worked on is 32 KiB in flight: more than 3.35 TB/s · 700 ns / 132 = 18 KiB
+        # 16 elements a thread take 97-128 registers (ptxas, sm_90), so 512 threads fill a multiprocessor; a tile of 8192
+        # on the way while another is worked on is 32 KiB in flight, more than 3.35 TB/s · 700 ns / 132 = 18 KiB
         threads = min(512, max(128, rows * block // 16))
         fits = (rows * block * itemsize * num_read) + 1024 <= card.max_shared_bytes
         return cls(rows, block, max(1, threads // card.warp_size), 2 if fits else 1, max(1, 512 // threads))
@@ -399,7 +399,8 @@ def launch_norm_backward(
             c1, c2 = torch.empty_like(rstd), torch.empty_like(rstd) if norm.centred else None
             launch(
                 _norm_row_constants_kernel, (num_rows,),
-                dy, z, weight, z_seed, mean, rstd, c1, c2, num_rows, n, norm.offset, norm.dropout_p, norm.scale, **shared,
+                dy, z, weight, z_seed, mean, rstd, c1, c2, num_rows, n, norm.offset, norm.dropout_p, norm.scale,
+                **shared,
             )  # fmt: skip
         launch(
             _norm_backward_kernel, (programs * blocks,),

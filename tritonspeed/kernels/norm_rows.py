@@ -5,12 +5,13 @@
 RMSNorm is the same with mean = 0 (CENTRED off), LayerNorm with offset = 0.
 
 How a row of any length is read 16 bytes at a time
-    Row i of (M, N) begins at element i · N. Where VEC = 16 / itemsize (at least 4) does not divide N, rows begin anywhere between two
-    16-byte boundaries, so a row is cut into a *body* of whole aligned vectors and *edges*: up to VEC − 1 elements before
-    it and as many after it, loaded with a mask as one tile of 2 · VEC. The body is masked by vectors, never by elements
-    (``column // VEC < num_vectors``): such a mask leaves 16-byte accesses whole. Rows VEC apart begin at the same
-    distance from a boundary: a program takes only such rows, so its columns stay where they are in its registers, and
-    weights and their gradients with them. Where VEC divides N there are no edges and a program's rows are neighbours.
+    Row i of (M, N) begins at element i · N. Where VEC = 16 / itemsize (at least 4) does not divide N, rows begin
+    anywhere between two 16-byte boundaries. So a row is cut into a *body* of whole aligned vectors and *edges*: up to
+    VEC − 1 elements before it and as many after it, loaded with a mask as one tile of 2 · VEC. The body is masked by
+    vectors, never by elements (``column // VEC < num_vectors``): such a mask leaves 16-byte accesses whole. Rows VEC
+    apart begin at the same distance from a boundary: a program takes only such rows, so its columns stay where they
+    are in its registers, and weights and their gradients with them. Where VEC divides N there are no edges, and the
+    rows of a tile are neighbours.
 
 The row stays in registers up to ``MAX_HELD`` elements; a longer one is read twice, the second time out of the L2 cache
 as long as num_sms · N · itemsize fits in there. The variance is that of z − mean, never a difference of two sums; in
@@ -210,7 +211,7 @@ def _norm_forward_long_kernel(
     row, is_row, head = find_rows(tl.program_id(0), num_rows, n, 1, VEC, EDGES)
     num_blocks = tl.cdiv(n, BLOCK)
     lane_mean, lane_squares = tl.zeros([1, BLOCK], ACC), tl.zeros([1, BLOCK], ACC)
-    for i in range(0, num_blocks):
+    for i in range(num_blocks):
         column, inside = find_body(i * BLOCK, head, n, BLOCK, VEC)
         begin = place_body(row, n, head, i * BLOCK, VEC)
         at = begin + tl.arange(0, BLOCK)[None, :]
@@ -246,7 +247,7 @@ def _norm_forward_long_kernel(
         tl.store(mean_ptr + row, mean, mask=is_row)
     tl.store(rstd_ptr + row, rstd, mask=is_row)
     tl.debug_barrier()  # z is read again below, perhaps by other threads than wrote it
-    for i in range(0, num_blocks):
+    for i in range(num_blocks):
         column, inside = find_body(i * BLOCK, head, n, BLOCK, VEC)
         begin = place_body(row, n, head, i * BLOCK, VEC)
         at = begin + tl.arange(0, BLOCK)[None, :]
@@ -286,8 +287,8 @@ class NormForwardLaunch:
             return cls(rows=1, block=8192 if dtype != "fp64" else 2048, num_warps=1024 // card.warp_size)
         block = max(16, next_power_of_2(n))
         rows = max(1, 4096 // block) if block <= 1024 else 1
-        # 16 elements a thread: two 16-byte loads of bf16 on the way in 46-48 registers (80 with edges), so 5 programs of
-        # 256 threads a multiprocessor, 40 KiB in flight; 16384 takes 32 elements a thread in 105-128 registers
+        # 16 elements a thread: two 16-byte loads of bf16 on the way in 46-48 registers (80 with edges), 5 programs of 256
+        # threads a multiprocessor, 40 KiB in flight; 16384 are 32 elements a thread in 64-128 registers (ptxas, sm_90)
         threads = min(512, max(128, rows * block // 16))
         return cls(rows, block, threads // card.warp_size)
 
