@@ -32,7 +32,7 @@ from tritonspeed.zero.plan import BucketPlan, UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
 from tritonspeed.zero.stages import Stage, stage_of
 
-_MOMENTS = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "adadelta": 2, "asgd": 2, "rprop": 2}
+_MOMENTS = {"sgd": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "adadelta": 2, "asgd": 2, "rprop": 2}
 # state tensors per element; those not named have Adam's two
 
 

@@ -66,7 +66,6 @@ REFUSED = [
     ("nebula", {"enabled": True}, "enabled to false"),
     ("datastates_ckpt", {"host_cache_size": 16}, "remove the block"),
     ("optimizer.type", "Lamb", "kernels work"),
-    ("optimizer.type", "lion", "kernels work"),
     ("optimizer.type", "Muon", "kernels work"),
     ("optimizer.type", "OneBitAdam", "Use AdamW"),
     ("optimizer.type", "OneBitLamb", "Use AdamW"),

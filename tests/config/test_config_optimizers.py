@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tritonspeed.config.optimizers import (
-    ADAM_DEFAULTS,
     LAST,
+    OWN_DEFAULTS,
     REFUSED,
     SCHEDULES,
     TORCH_DEFAULTS,
@@ -30,13 +30,18 @@ def test_torchs_optimizers_have_these_parameters(name):
     assert TORCH_DEFAULTS[name] == own
 
 
+def test_our_adagrad_has_torchs_defaults():
+    own = {k: v for k, v in signature(torch.optim.Adagrad).items() if k not in TORCH_SHARED}
+    assert own.items() <= OWN_DEFAULTS["Adagrad"].items()
+
+
 def test_every_optimizer_of_torch_is_answered():
     classes = {
         name
         for name, member in vars(torch.optim).items()
         if inspect.isclass(member) and issubclass(member, torch.optim.Optimizer) and member is not torch.optim.Optimizer
     }
-    assert classes <= {"Adam", "AdamW"} | set(TORCH_DEFAULTS) | set(REFUSED)
+    assert classes <= set(OWN_DEFAULTS) | set(TORCH_DEFAULTS) | set(REFUSED)
 
 
 @pytest.mark.parametrize("name", TORCH_SCHEDULES)
@@ -51,10 +56,10 @@ def test_deepspeeds_schedules_have_these_parameters(name):
     assert SCHEDULES[name] == own
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", *TORCH_DEFAULTS])
+@pytest.mark.parametrize("name", [*OWN_DEFAULTS, *TORCH_DEFAULTS])
 def test_what_the_config_accepts_can_be_built(name):
     weight = torch.nn.Parameter(torch.zeros(3))
-    assert build_optimizer(name, TORCH_DEFAULTS.get(name, ADAM_DEFAULTS), [weight]).param_groups
+    assert build_optimizer(name, (OWN_DEFAULTS | TORCH_DEFAULTS)[name], [weight]).param_groups
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tolerances import tolerance
 
-from tritonspeed.optim import AdamW
+from tritonspeed.config.optimizers import OWN_DEFAULTS
+from tritonspeed.optim import Adagrad, AdamW, Lion
 from tritonspeed.optim.build import build_optimizer, build_scheduler, check_elementwise
 from tritonspeed.optim.schedules import VALID_LR_SCHEDULES, WarmupLR
 
@@ -65,6 +66,18 @@ def test_which_adam(type, params, decoupled, torch_adam):
     torch.testing.assert_close(train(built, ours), expected, **NEAR)
 
 
+def test_lion_and_adagrad_by_name_are_ours():
+    lion = build_optimizer("lion", {"betas": [0.95, 0.98], "set_grad_none": True}, make_params())
+    assert lion.__class__ is Lion
+    group = lion.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.95, 0.98), 0.0)  # DeepSpeed's lr
+    settings = {"lr": 0.1, "lr_decay": 0.01, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-7}
+    ours, theirs = make_params(), make_params()
+    adagrad = build_optimizer("ADAGRAD", {**settings, "foreach": False, "fused": None}, ours)
+    assert adagrad.__class__ is Adagrad
+    torch.testing.assert_close(train(adagrad, ours), train(torch.optim.Adagrad(theirs, **settings), theirs), **NEAR)
+
+
 def test_adam_without_params_takes_deepspeeds_defaults():
     group = build_optimizer("AdamW", None, make_params()).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 1e-8, 0.0)
@@ -106,10 +119,10 @@ def test_every_elementwise_class_of_torch_is_accepted():
     assert offered == {*ELEMENTWISE, *WHOLE, "Adam", "AdamW"}  # a new one in torch has to be sorted in
 
 
-@pytest.mark.parametrize("type", ["Adam", "AdamW", *ELEMENTWISE])
+@pytest.mark.parametrize("type", [*OWN_DEFAULTS, *(name for name in ELEMENTWISE if name not in OWN_DEFAULTS)])
 def test_what_is_accepted_updates_a_shard_as_it_updates_the_whole(type):
     """The definition of elementwise. Not to the last bit: a shard ends in another vector tail, which rounds apart."""
-    params = {} if type in ("Adam", "AdamW") else {"foreach": False}
+    params = {} if type in OWN_DEFAULTS else {"foreach": False}
     whole = make_params(101)
     shards = [torch.nn.Parameter(piece.clone()) for piece in whole[0].detach().split([64, 33, 4])]
     whole_optimizer, shard_optimizer = build_optimizer(type, params, whole), build_optimizer(type, params, shards)
@@ -124,7 +137,6 @@ def test_what_is_accepted_updates_a_shard_as_it_updates_the_whole(type):
     ("type", "parts"),
     [
         ("Lamb", ("norms of whole tensors", "kernels work", "Use AdamW")),
-        ("LION", ("kernels work", "Use AdamW")),
         ("Muon", ("whole matrices", "kernels work", "Use AdamW")),
         ("OneBitAdam", ("1-bit", "Use AdamW")),
         ("OneBitLamb", ("1-bit", "Use AdamW")),

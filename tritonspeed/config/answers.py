@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tritonspeed.config.keys import Spec, specs, value_at
-from tritonspeed.config.optimizers import ADAM_INERT, refused_optimizer
+from tritonspeed.config.optimizers import INERT, OWN_DEFAULTS, refused_optimizer
 from tritonspeed.config.parse import PARAMS, Given, Unknown
 from tritonspeed.config.schema import Knobs
 
@@ -66,8 +66,8 @@ def param_answer(config: Knobs, given: Given, how: str = "") -> Answer:
         verdict, note = "inert", f"waits for {kind}, which is refused"
     elif kind == "AdamW" and name == "adam_w_mode":
         verdict, note = "inert", "AdamW decouples the weight decay whatever this says; use type Adam to choose"
-    elif kind in ("Adam", "AdamW") and name in ADAM_INERT:
-        verdict, note = "inert", ADAM_INERT[name]
+    elif kind in OWN_DEFAULTS and name in INERT:
+        verdict, note = "inert", INERT[name]
     return Answer(given.spelled, given.value, value, verdict, note)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tritonspeed.config.config import Config
 from tritonspeed.config.keys import Spec, specs
-from tritonspeed.config.optimizers import ADAM_DEFAULTS, REFUSED, SCHEDULES, TORCH_DEFAULTS, TORCH_SCHEDULES
+from tritonspeed.config.optimizers import OWN_DEFAULTS, REFUSED, SCHEDULES, TORCH_DEFAULTS, TORCH_SCHEDULES
 from tritonspeed.config.spelling import OLD_SHAPES
 
 HEAD = """# Every key of a ds_config.json, and what it does here
@@ -86,8 +86,7 @@ def _old_shapes() -> str:
 
 def _optimizers() -> str:
     rows = ["## `optimizer.type`\n", "| name | parameters and defaults, or why not |", "|---|---|"]
-    rows.append(f"| Adam, AdamW | {_params(ADAM_DEFAULTS)} |")
-    rows += [f"| {name} | {_params(defaults)} |" for name, defaults in TORCH_DEFAULTS.items()]
+    rows += [f"| {name} | {_params(defaults)} |" for name, defaults in (OWN_DEFAULTS | TORCH_DEFAULTS).items()]
     rows += [f"| {name} | **Refused**: {why} |" for name, why in REFUSED.items()]
     return "\n".join(rows) + "\n"
 

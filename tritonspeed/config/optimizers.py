@@ -27,18 +27,48 @@ ADAM_DEFAULTS: dict[str, Any] = {
 }
 """DeepSpeed's defaults of Adam and AdamW, which differ from torch's in weight_decay (torch's AdamW: 0.01)."""
 
-ADAM_INERT: dict[str, str] = {
+INERT: dict[str, str] = {
     "foreach": "one pass updates a flat shard",
     "fused": "one pass updates a flat shard",
     "set_grad_none": "gradients are released after the step",
     "fp32_optimizer_states": "moments are fp32",
 }
-"""Parameters of Adam that are accepted and change nothing, with the reason."""
+"""Parameters of our optimizers that are accepted and change nothing, with the reason."""
+
+LION_DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.99),
+    "weight_decay": 0.0,
+    "stochastic_rounding": False,
+    "fp32_optimizer_states": True,
+    "set_grad_none": True,
+}
+"""DeepSpeed's defaults of Lion on a GPU; its CPU form has betas of (0.9, 0.999), the paper an lr of 1e-4."""
+
+ADAGRAD_DEFAULTS: dict[str, Any] = {
+    "lr": 0.01,
+    "lr_decay": 0.0,
+    "weight_decay": 0.0,
+    "initial_accumulator_value": 0.0,
+    "eps": 1e-10,
+    "stochastic_rounding": False,
+    "fp32_optimizer_states": True,
+    "fused": None,
+    "foreach": None,
+}
+"""torch's and DeepSpeed's defaults of Adagrad, which agree."""
+
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Adagrad": ADAGRAD_DEFAULTS,
+    "Adam": ADAM_DEFAULTS,
+    "AdamW": ADAM_DEFAULTS,
+    "Lion": LION_DEFAULTS,
+}
+"""The optimizers of ``tritonspeed.optim``, with what DeepSpeed knows of each."""
 
 TORCH_DEFAULTS: dict[str, dict[str, Any]] = {
     "ASGD": {"lr": 0.01, "lambd": 0.0001, "alpha": 0.75, "t0": 1000000.0, "weight_decay": 0},
     "Adadelta": {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0},
-    "Adagrad": {"lr": 0.01, "lr_decay": 0, "weight_decay": 0, "initial_accumulator_value": 0, "eps": 1e-10},
     "Adamax": {"lr": 0.002, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
     "NAdam": {
         "lr": 0.002,
@@ -65,7 +95,6 @@ TORCH_SHARED = ("maximize", "foreach", "capturable", "differentiable", "fused")
 
 REFUSED: dict[str, str] = {
     "Lamb": "needs the norms of whole tensors; it comes with the kernels work. Use AdamW",
-    "Lion": "comes with the kernels work. Use AdamW",
     "Muon": "needs whole matrices; it comes with the kernels work. Use AdamW",
     "OneBitAdam": "1-bit compression is not built, and it excludes ZeRO. Use AdamW",
     "OneBitLamb": "1-bit compression is not built, and it excludes ZeRO. Use AdamW",
@@ -173,7 +202,7 @@ def _match(name: str, known: dict[str, Any]) -> str | None:
 
 def canonical_optimizer(name: str) -> str:
     """The name in its usual spelling. ValueError if nothing by that name exists."""
-    known = {"Adam": None, "AdamW": None, **TORCH_DEFAULTS, **REFUSED}
+    known = {**OWN_DEFAULTS, **TORCH_DEFAULTS, **REFUSED}
     match = _match(name, known)
     if match is None:
         raise ValueError(
@@ -183,16 +212,14 @@ def canonical_optimizer(name: str) -> str:
 
 
 def refused_optimizer(name: Any) -> str | None:
-    """refused: Lamb, Lion, Muon, the 1-bit and muP families, Adafactor, LBFGS, SparseAdam (see below)"""
+    """refused: Lamb, Muon, the 1-bit and muP families, Adafactor, LBFGS, SparseAdam (see below)"""
     match = _match(name, REFUSED) if isinstance(name, str) else None
     return None if match is None else f"{match} {REFUSED[match]}"
 
 
 def optimizer_defaults(name: str) -> dict[str, Any]:
     """Parameter names and defaults of an optimizer; {} for a refused one, whose parameters are not checked."""
-    if name in ("Adam", "AdamW"):
-        return ADAM_DEFAULTS
-    return TORCH_DEFAULTS.get(name, {})
+    return OWN_DEFAULTS.get(name) or TORCH_DEFAULTS.get(name, {})
 
 
 def canonical_schedule(name: str) -> str:
@@ -224,7 +251,7 @@ def check_optimizer_params(name: str, params: dict[str, Any]) -> list[str]:
             )
         else:
             mistakes += _check_param("optimizer", name, each, value, known)
-    if params.get("amsgrad") is True and not _is_torchs(name, params):
+    if params.get("amsgrad") is True and "amsgrad" in known and not _is_torchs(name, params):
         mistakes.append("optimizer.params.amsgrad = true is only in torch's Adam: add torch_adam: true, or drop it")
     return mistakes
 

@@ -4,10 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tritonspeed.optim.adagrad import Adagrad as Adagrad
     from tritonspeed.optim.adamw import AdamW as AdamW
     from tritonspeed.optim.build import build_optimizer as build_optimizer
     from tritonspeed.optim.build import build_scheduler as build_scheduler
     from tritonspeed.optim.build import check_elementwise as check_elementwise
+    from tritonspeed.optim.lion import Lion as Lion
     from tritonspeed.optim.schedules import VALID_LR_SCHEDULES as VALID_LR_SCHEDULES
     from tritonspeed.optim.schedules import LRRangeTest as LRRangeTest
     from tritonspeed.optim.schedules import OneCycle as OneCycle
@@ -16,10 +18,12 @@ if TYPE_CHECKING:
     from tritonspeed.optim.schedules import WarmupLR as WarmupLR
 
 _HOMES = {
+    "Adagrad": "tritonspeed.optim.adagrad",
     "AdamW": "tritonspeed.optim.adamw",
     "build_optimizer": "tritonspeed.optim.build",
     "build_scheduler": "tritonspeed.optim.build",
     "check_elementwise": "tritonspeed.optim.build",
+    "Lion": "tritonspeed.optim.lion",
     "LRRangeTest": "tritonspeed.optim.schedules",
     "OneCycle": "tritonspeed.optim.schedules",
     "VALID_LR_SCHEDULES": "tritonspeed.optim.schedules",

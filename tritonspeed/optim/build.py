@@ -14,24 +14,27 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from tritonspeed.config.optimizers import (
-    ADAM_DEFAULTS,
-    ADAM_INERT,
+    INERT,
+    OWN_DEFAULTS,
     canonical_optimizer,
     canonical_schedule,
     check_optimizer_params,
     check_schedule_params,
     refused_optimizer,
 )
+from tritonspeed.optim.adagrad import Adagrad
 from tritonspeed.optim.adamw import AdamW
+from tritonspeed.optim.lion import Lion
 from tritonspeed.optim.schedules import SCHEDULES, Schedule
 
-_OUR_ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "stochastic_rounding")
+_OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {"Adagrad": Adagrad, "Lion": Lion}
+_SWITCHES = ("adam_w_mode", "torch_adam", "amsgrad")  # of Adam, in DeepSpeed's words
 # Class names in lower case, of objects that users bring from anywhere, and what they need beyond their own elements.
 _NEEDS = {
     **dict.fromkeys(("lamb", "fusedlamb", "onebitlamb", "lars", "novograd"), "norms of a whole layer"),
@@ -53,7 +56,7 @@ def build_optimizer(
     """The optimizer that `"optimizer": {"type": ..., "params": ...}` asks for.
 
     Args:
-        type: "Adam" and "AdamW" in any case are ours; else an elementwise class of `torch.optim`.
+        type: "Adam", "AdamW", "Lion" and "Adagrad" in any case are ours; else an elementwise class of `torch.optim`.
         params: its keyword arguments, and DeepSpeed's switches for Adam: `adam_w_mode`, `torch_adam`.
         param_groups: parameters, or groups of them with their own settings.
 
@@ -68,6 +71,8 @@ def build_optimizer(
     _raise_if_any(check_optimizer_params(name, params) + _unfilled("optimizer", params))
     if name in ("Adam", "AdamW"):
         return _build_adam(name, params, param_groups)
+    if name in _OURS:
+        return _construct("optimizer", _OURS[name], param_groups, _settings(name, params))
     return _construct("optimizer", getattr(torch.optim, name), param_groups, params)
 
 
@@ -77,10 +82,15 @@ def _build_adam(name: str, params: dict[str, Any], param_groups: Iterable[Any]) 
     if params.pop("torch_adam", False):
         cls = torch.optim.AdamW if decoupled else torch.optim.Adam
         return _construct("optimizer", cls, param_groups, _for_torch_adam(params))
-    params.pop("amsgrad", None)  # true is refused with the other mistakes
-    settings = {key: params.get(key, ADAM_DEFAULTS[key]) for key in _OUR_ADAM_PARAMS}
-    settings["betas"] = tuple(settings["betas"])
-    return _construct("optimizer", AdamW, param_groups, {**settings, "decoupled": decoupled})
+    return _construct("optimizer", AdamW, param_groups, {**_settings(name, params), "decoupled": decoupled})
+
+
+def _settings(name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of one of our classes: DeepSpeed's defaults, what was given, without what is inert."""
+    settings = {key: params.get(key, default) for key, default in OWN_DEFAULTS[name].items()}
+    if "betas" in settings:
+        settings["betas"] = tuple(settings["betas"])
+    return {key: value for key, value in settings.items() if key not in (*INERT, *_SWITCHES)}
 
 
 def _for_torch_adam(params: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def _for_torch_adam(params: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "optimizer.params.stochastic_rounding is true, but torch's Adam rounds to nearest: drop one of the two"
         )
-    ours_alone = {"bias_correction", "stochastic_rounding", *ADAM_INERT} - {"fused", "foreach"}
+    ours_alone = {"bias_correction", "stochastic_rounding", *INERT} - {"fused", "foreach"}
     return {key: value for key, value in params.items() if key not in ours_alone}
 
 
