@@ -204,8 +204,8 @@ class CrossEntropyLaunch:
 
     @classmethod
     def in_place_heuristic(cls, card: Card, n: int, dtype: str) -> "CrossEntropyLaunch":
-        # The second read is the L2's if the rows at work fit there, beside what else is: 1024 threads an SM at 51-64
-        # registers (ptxas, sm_90), so an H100 has 132 rows of 512 threads twice: 27 of its 50 MB at 50257 bf16 logits.
+        # The second read is the L2's if the rows at work fit there, beside what else is: 1024 threads an SM at 50-64
+        # registers (ptxas, sm_90; 83 with the cap), so an H100 has 2 · 132 rows of 512: 27 of its 50 MB at 50257 bf16.
         row_bytes = n * (8 if dtype == "fp64" else 4 if dtype == "fp32" else 2)
         threads = min(1024, max(card.warp_size, next_power_of_2(n) // 16))
         while threads > 256 and card.num_sms * row_bytes * (2048 // threads) <= 0.6 * card.l2_bytes:

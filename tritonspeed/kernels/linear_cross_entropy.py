@@ -13,7 +13,7 @@ Shapes   hidden, dhidden: (..., H)   weight, dW: (V, H)   bias, db: (V,)   targe
 Types    hidden, weight, bias of one type: fp32, bf16, fp16 or fp64; under autocast, autocast's. Losses, db and the sum
          of dW over chunks fp32 (fp64 for fp64)
 Bytes    live at the forward's peak, beside the arguments; s = itemsize, V' = V rounded up to 16 bytes, C chunks:
-             R·V'·s + T·H·s + V·H·(4 if C > 1 else s) + 4·V·[bias] + 8·T           without gradients R·V'·s + 8·T
+             R·V'·s + T·H·s + V·H·(4 if C > 1 else s) + 4·V·[bias] + 4·T           without gradients R·V'·s + 4·T
          moved: C·(8·V·H + 2·V·H·s) for the sum of dW and for W, and of logits 6·T·V·s: the matmul writes them, the
          kernel reads them twice (the second time from the L2) and writes their gradient, two matmuls read it
 Flops    2·T·V·H forward, 6·T·V·H with gradients
