@@ -8,6 +8,8 @@ import pytest
 import torch
 from ranks import Worlds
 
+from tritonspeed.kernels.tuned import use_stores
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Worlds]:
@@ -15,6 +17,12 @@ def ranks() -> Iterator[Worlds]:
     worlds = Worlds()
     yield worlds
     worlds.stop()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _untuned() -> None:
+    """Heuristics launch, whatever this machine's user has tuned."""
+    use_stores([])
 
 
 @pytest.fixture(autouse=True)

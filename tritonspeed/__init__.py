@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tritonspeed import nn as nn
     from tritonspeed import optim as optim
     from tritonspeed import precision as precision
+    from tritonspeed import tuning as tuning
     from tritonspeed import zero as zero
     from tritonspeed.comm import init_distributed as init_distributed
     from tritonspeed.engine import Engine as Engine
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tritonspeed.engine import initialize as initialize
     from tritonspeed.estimation import estimate as estimate
 
-_MODULES = ("comm", "config", "kernels", "nn", "optim", "precision", "zero")
+_MODULES = ("comm", "config", "kernels", "nn", "optim", "precision", "tuning", "zero")
 _NAMES = {
     "Engine": "engine",
     "StepReport": "engine",

@@ -23,6 +23,8 @@ from lanes import compiled
 from tritonspeed.kernels._triton import recording, triton
 from tritonspeed.kernels.cards import CARDS, KIB
 from tritonspeed.kernels.machine_code import machine_code
+from tritonspeed.kernels.store import SHIPPED, FolderStore, Layers
+from tritonspeed.kernels.tuned import use_stores
 
 PAGE = Path(__file__).parents[2] / "docs" / "compiled-kernels.md"
 NUM_WORKERS = 2
@@ -50,6 +52,7 @@ def builds_of(module: str) -> dict[str, builds.Build]:
 def compile_all(module: str, build: str, card_name: str) -> list[Found]:
     """Record the build's launches for a card and compile each: in a worker process."""
     torch.set_num_threads(1)
+    use_stores([Layers([FolderStore(SHIPPED)])])  # what everybody has; a user's own folder is another matter
     card = CARDS[card_name]
     with recording(card) as launches:
         builds_of(module)[build].call()

@@ -288,7 +288,7 @@ def test_tune_writes_and_uses_at_once(tmp_path: Path) -> None:
     with tuned.listening(lambda tunable, card, features: None):
         double(x)
     assert ToyLaunch(**BEST) in TOY._resolved.values()
-    assert seen[-1] == ("done", 1, 1)
+    assert seen[-1] == ("decisions", 1, 1) and ("timing toy", 4, 9) in seen
 
 
 def test_tune_without_a_gpu_says_so(tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tritonspeed import comm
 from tritonspeed.cli import machine
 from tritonspeed.cli.kernel_check import KernelRun, run_kernels
+from tritonspeed.kernels.cards import read_card
+from tritonspeed.kernels.store import SHIPPED, FolderStore, default_folder
 from tritonspeed.version import __version__
 
 _NEEDED = ("torch", "triton", "numpy", "safetensors", "einops", "hjson", "rich")
@@ -49,6 +52,8 @@ class Report:
     memory: dict[str, int | None]
     rows: list[Row]
     kernels: list[KernelRun]
+    tuned: dict[str, dict[str, int]]
+    """Folder → card → number of launch configurations that were measured on it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +86,7 @@ def gather(with_kernels: bool = True) -> Report:
         _nccl_row(),
         _hosts_row(),
         _kernels_row(kernels),
+        _tuned_row(_tuned()),
         _compiler_row(),
         _compile_row(),
         _bf16_row(),
@@ -96,7 +102,17 @@ def gather(with_kernels: bool = True) -> Report:
         memory={"host": total, "host available": available, "/dev/shm": shm[0] if shm else None},
         rows=rows,
         kernels=kernels,
+        tuned=_tuned(),
     )
+
+
+def _tuned() -> dict[str, dict[str, int]]:
+    """What the stores hold, the user's first. Reading them needs no GPU."""
+    folders = [comm.tuned_folder() or default_folder(), SHIPPED]
+    stores = [FolderStore(folder) for folder in folders if folder is not None]
+    return {
+        str(store.folder): {card: sum(counts.values()) for card, counts in store.summary().items()} for store in stores
+    }
 
 
 def _devices() -> list[dict[str, str | int]]:
@@ -159,6 +175,18 @@ def _kernels_row(kernels: list[KernelRun]) -> Row:
     if failed:
         return Row(what, "missing", f"failed: {', '.join(failed)}", "see the kernels' own lines below")
     return Row(what, "ok", f"{len(kernels)} of {len(kernels)} agree with their reference", "")
+
+
+def _tuned_row(tuned: dict[str, dict[str, int]]) -> Row:
+    what = "tuned launch configurations"
+    found = [f"{count} for {card}" for cards in tuned.values() for card, count in cards.items()]
+    if not torch.cuda.is_available():
+        return Row(what, "limited", ", ".join(found) or "none", "without a GPU nothing is launched and nothing tuned")
+    key = read_card("cuda", torch.cuda.current_device()).key
+    if any(key in cards for cards in tuned.values()):
+        return Row(what, "ok", ", ".join(found), "")
+    remedy = f"`tritonspeed tune --shapes MODEL` for {key}; until then heuristics choose"
+    return Row(what, "limited", ", ".join(found) or "none", remedy)
 
 
 def _compiler_row() -> Row:

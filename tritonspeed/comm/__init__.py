@@ -8,6 +8,7 @@
 from tritonspeed.comm.collectives import (
     Pending,
     all_gather_,
+    all_to_all,
     broadcast_,
     broadcast_text,
     exchange,
@@ -16,12 +17,13 @@ from tritonspeed.comm.collectives import (
     reduce_scatter,
     sum_,
 )
-from tritonspeed.comm.mesh import Mesh, init_distributed, is_initialized, mesh_of, shutdown
+from tritonspeed.comm.mesh import Mesh, init_distributed, is_initialized, mesh_of, shutdown, tuned_folder
 
 __all__ = [
     "Mesh",
     "Pending",
     "all_gather_",
+    "all_to_all",
     "broadcast_",
     "broadcast_text",
     "exchange",
@@ -33,4 +35,5 @@ __all__ = [
     "reduce_scatter",
     "shutdown",
     "sum_",
+    "tuned_folder",
 ]

@@ -114,6 +114,31 @@ def reduce_scatter(mesh: Mesh, whole: Tensor, out: Tensor, accumulate: bool, uni
     return Pending(mesh, works, lambda: _sum_into(out, [reduced], accumulate))
 
 
+def all_to_all(
+    mesh: Mesh, sent: Tensor, sent_numels: Sequence[int], received: Tensor, received_numels: Sequence[int], unit: str
+) -> Pending:
+    """Send every rank a part of its own.
+
+    Args:
+        sent: (Σ sent_numels,), contiguous: the parts for rank 0, 1, ...; this rank's own is copied.
+        received: (Σ received_numels,), contiguous: filled with the parts from rank 0, 1, ...
+        unit: the name under which the flight log and errors know this.
+    """
+    parts, places = sent.split(list(sent_numels)), received.split(list(received_numels))
+    places[mesh.rank].copy_(parts[mesh.rank])
+    if mesh.world == 1:
+        return Pending(mesh, [])
+    mesh.flight.record("all-to-all", unit, 0)  # what a rank sends is its own affair: the history is to be the same
+    if mesh.backend == "gloo":
+        return Pending(mesh, _exchange_point_to_point(mesh, parts, places))
+    works = [
+        dist.all_to_all_single(
+            received, sent, list(received_numels), list(sent_numels), group=mesh.group, async_op=True
+        )
+    ]
+    return Pending(mesh, [work for work in works if work is not None])
+
+
 def _gather_shared(mesh: Mesh, windows: SharedWindows, stream: Stream, slices: Tensor) -> Pending:
     raw = slices.view(torch.uint8)
 

@@ -67,6 +67,11 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def tuned_folder() -> str | None:
+    """The folder of tuned launch configurations that the environment names (TRITONSPEED_CONFIG_DIR)."""
+    return os.environ.get("TRITONSPEED_CONFIG_DIR") or None
+
+
 def init_distributed(
     dist_backend: str | None = None,
     distributed_port: int = 29500,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from tritonspeed import comm
+from tritonspeed import comm, tuning
 from tritonspeed.comm import Mesh
 from tritonspeed.config import Config, ModelFacts, load
 from tritonspeed.engine.engine import Engine
@@ -70,6 +70,7 @@ def initialize(
         raise ValueError("mesh_param asks for a second mesh axis, which is not built: leave it out")
     if dist_init_required is not False:
         comm.init_distributed(distributed_port=distributed_port)
+    tuning.use_unless_chosen(comm.tuned_folder())
     _check_mpu(mpu)
     mesh = comm.mesh_of(mpu)
     resolved = _resolve(_find_config(args, config, config_params), model, mesh)

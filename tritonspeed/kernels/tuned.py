@@ -114,6 +114,11 @@ def use_stores(stores: Sequence[Store]) -> None:
         tunable.forget()
 
 
+def are_chosen() -> bool:
+    """Whether ``use_stores`` was called, or the default stores are open already."""
+    return _stores is not None
+
+
 def stores_in_use() -> list[Store]:
     """Where configurations are looked up: the first call opens the default ones if no others were chosen."""
     global _stores

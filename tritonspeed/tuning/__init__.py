@@ -11,7 +11,7 @@
 ``ranks``             one rank tunes for all
 """
 
-from tritonspeed.tuning.api import tune, use
+from tritonspeed.tuning.api import tune, use, use_unless_chosen
 from tritonspeed.tuning.case import Case
 from tritonspeed.tuning.cases import all_cases
 from tritonspeed.tuning.planning import Job, plan, prune
@@ -32,4 +32,5 @@ __all__ = [
     "prune",
     "tune",
     "use",
+    "use_unless_chosen",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tritonspeed.comm import Mesh
+from tritonspeed.kernels import tuned
 from tritonspeed.kernels._triton import card_of
 from tritonspeed.kernels.store import SHIPPED, FolderStore, Layers, default_folder
 from tritonspeed.kernels.tuned import stores_in_use, use_stores
@@ -43,6 +44,12 @@ def use(directory: Directory | None = None, *, deterministic: bool = False) -> N
     use_stores([Layers([FolderStore(one) for one in (folder, SHIPPED) if one is not None])])
 
 
+def use_unless_chosen(directory: Directory | None) -> None:
+    """``use(directory)``, if there is one and the program has not chosen: what an environment variable may do."""
+    if directory is not None and not tuned.are_chosen():
+        use(directory)
+
+
 def tune(
     cases: Iterable[Case],
     directory: Directory | None = None,
@@ -61,7 +68,7 @@ def tune(
     Args:
         cases: of ``tuning.cases.all_cases``, or your own.
         directory: where results go; None is the user's default folder.
-        names: tunables to keep to; None is all that the cases depend on.
+        names: tunables or operations to keep to; None is all that the cases depend on.
         search: how long and how thoroughly.
         mesh: with several ranks, a collective: rank 0 tunes, the others wait, all use what it found.
         device: the GPU; None is the mesh's, or the current one.

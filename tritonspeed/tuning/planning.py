@@ -113,13 +113,13 @@ def plan(cases: Iterable[Case], card: Card, names: Iterable[str] | None = None) 
     """The decisions that these cases depend on, each once: its largest case stands for all that share it.
 
     Args:
-        names: tunables, operations or families to keep to; None is all.
+        names: tunables or operations to keep to; None is all.
     """
     wanted = None if names is None else set(names)
     jobs: dict[tuple[str, str], Job] = {}
     for case in cases:
         for tunable, features in decisions_of(case, card):
-            if wanted is not None and tunable.name not in wanted:
+            if wanted is not None and not {tunable.name, case.name} & wanted:
                 continue
             job = Job(tunable, features, case)
             known = jobs.setdefault(job.key, job)

@@ -28,6 +28,7 @@ from tritonspeed.tuning.planning import Candidate, Job, OnProgress, first_line, 
 from tritonspeed.tuning.timing import PEAKS, device_name, interleaved_ms, num_rotations, warm_up
 from tritonspeed.tuning.verify import Distance, disagreement, distances, gross_error
 
+DECISIONS = "decisions"  # what a progress report calls the jobs themselves; other words are for the work on one
 SEED = 1234
 SETS_BESIDE = 4  # of a case's size, for outputs, the reference and what it is compared in
 
@@ -144,12 +145,13 @@ class Tuner:
             warm_up(self.device)
         outcomes = []
         for i, job in enumerate(jobs):
-            self._tell(f"{job.tunable.name} {job.case.label}", i, len(jobs))
+            self.tell(DECISIONS, i, len(jobs))
             outcomes.append(self._outcome(job) if job in wanted else self._already(job))
-        self._tell("done", len(jobs), len(jobs))
+        self.tell(DECISIONS, len(jobs), len(jobs))
         return outcomes
 
-    def _tell(self, what: str, done: int, total: int) -> None:
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Report progress."""
         if self.on_progress is not None:
             self.on_progress(what, done, total)
 
@@ -256,7 +258,7 @@ class _Decision:
                 self.tuner.check_time()
                 group = missing[start : start + self.search.group]
                 timed |= self._time_group(rung, rounds, group)
-                self.tuner._tell(self.job.tunable.name, start + len(group), len(missing))
+                self.tuner.tell(f"timing {self.job.tunable.name}", start + len(group), len(missing))
             alive = [c for c in alive if (rung, name_of(c.launch)) in timed]
             alive.sort(key=lambda c, rung=rung: timed[rung, name_of(c.launch)])
             third = -(-len(alive) // 3) if rung < last else 0
