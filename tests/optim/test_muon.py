@@ -198,3 +198,17 @@ def test_says_what_does_not_fit(settings: dict[str, Any], words: str) -> None:
         Muon(matrices(), **settings)
     with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix"):
         Muon([{"params": [nn.Parameter(torch.randn(3))], "use_muon": True}])
+    with pytest.raises(ValueError, match="ns_dtype is 'fp32' in a group and 'bf16' in the constructor"):
+        Muon([{"params": matrices(), "ns_dtype": "fp32"}])
+
+
+def test_a_copy_goes_on_to_the_last_bit() -> None:
+    ours = matrices()
+    optimizer = Muon(ours)
+    give_gradients(ours, 0)
+    optimizer.step()
+    copies, other = copy.deepcopy((ours, optimizer))
+    for params, o in ((ours, optimizer), (copies, other)):
+        give_gradients(params, 1)
+        o.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, copies, strict=True))

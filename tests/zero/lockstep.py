@@ -17,6 +17,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     "ours": lambda parameters: ts.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01),
     "rounded": lambda parameters: ts.optim.AdamW(parameters, lr=1e-2, stochastic_rounding=True),
+    "lamb": lambda parameters: ts.optim.Lamb(parameters, lr=1e-2, weight_decay=0.01),
+    "muon": lambda parameters: ts.optim.Muon(parameters, muon_lr=0.02, adam_lr=1e-2),
+    "muon in fp32": lambda parameters: ts.optim.Muon(parameters, muon_lr=0.02, adam_lr=1e-2, ns_dtype="fp32"),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
 }
 

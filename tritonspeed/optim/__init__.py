@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from tritonspeed.optim.build import build_optimizer as build_optimizer
     from tritonspeed.optim.build import build_scheduler as build_scheduler
     from tritonspeed.optim.build import check_elementwise as check_elementwise
+    from tritonspeed.optim.lamb import Lamb as Lamb
     from tritonspeed.optim.lion import Lion as Lion
+    from tritonspeed.optim.muon import Muon as Muon
+    from tritonspeed.optim.muon import mark_hidden_matrices as mark_hidden_matrices
     from tritonspeed.optim.schedules import VALID_LR_SCHEDULES as VALID_LR_SCHEDULES
     from tritonspeed.optim.schedules import LRRangeTest as LRRangeTest
     from tritonspeed.optim.schedules import OneCycle as OneCycle
@@ -23,7 +26,10 @@ _HOMES = {
     "build_optimizer": "tritonspeed.optim.build",
     "build_scheduler": "tritonspeed.optim.build",
     "check_elementwise": "tritonspeed.optim.build",
+    "Lamb": "tritonspeed.optim.lamb",
     "Lion": "tritonspeed.optim.lion",
+    "mark_hidden_matrices": "tritonspeed.optim.muon",
+    "Muon": "tritonspeed.optim.muon",
     "LRRangeTest": "tritonspeed.optim.schedules",
     "OneCycle": "tritonspeed.optim.schedules",
     "VALID_LR_SCHEDULES": "tritonspeed.optim.schedules",

@@ -4,7 +4,7 @@ A group with ``use_muon`` holds matrices, with one state, ``momentum_buffer``; t
 and ``exp_avg_sq``. The rest is in ``elementwise.py``. What needs whole matrices stands between two elementwise halves:
 
     ``direct_flat_``     momentum of a flat chunk, and the direction that is to be orthogonalised
-    ``orthogonalise``    whole matrices
+    ``orthogonalise_``   whole matrices
     ``step_matrix_``     decay and step of a piece of one matrix
 
 Source   Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the maths stands in
@@ -110,6 +110,10 @@ class Muon(ElementwiseOptimizer):
             },
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lr_of = {True: None, False: None}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split in two where it has both kinds; each of its values overrides the constructor's.
 
@@ -136,6 +140,11 @@ class Muon(ElementwiseOptimizer):
             raise ValueError(f"Muon: adjust_lr_fn is {group['adjust_lr_fn']!r}, must be one of {', '.join(SHAPED_BY)}")
         if group["ns_dtype"] not in NS_DTYPES:
             raise ValueError(f"Muon: ns_dtype is {group['ns_dtype']!r}, must be one of {', '.join(NS_DTYPES)}")
+        if group["ns_dtype"] != self.defaults["ns_dtype"]:
+            raise ValueError(
+                f"Muon: ns_dtype is {group['ns_dtype']!r} in a group and {self.defaults['ns_dtype']!r} in the"
+                " constructor, must be one for all: set it there alone"
+            )
         for param in group["params"] if group["use_muon"] else ():
             if param.ndim != 2:
                 raise ValueError(
@@ -147,9 +156,10 @@ class Muon(ElementwiseOptimizer):
         """Whether this tensor's group is one of matrices."""
         return self.param_groups[self._place_of(param)[0]]["use_muon"]
 
-    def ns_dtype_of(self, param: Tensor) -> torch.dtype:
-        """What the direction of this tensor is kept and orthogonalised in."""
-        return NS_DTYPES[self.param_groups[self._place_of(param)[0]]["ns_dtype"]]
+    @property
+    def ns_dtype(self) -> torch.dtype:
+        """What directions are kept and orthogonalised in."""
+        return NS_DTYPES[self.defaults["ns_dtype"]]
 
     @torch.no_grad()
     def direct_flat_(self, param: Tensor, grad: Tensor, grad_scale: Tensor | None, out: Tensor) -> None:
@@ -162,16 +172,13 @@ class Muon(ElementwiseOptimizer):
         )  # fmt: skip
 
     @torch.no_grad()
-    def orthogonalise(self, param: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Whole matrices with the settings of ``param``'s group; those of one shape go together."""
-        group = self.param_groups[self._place_of(param)[0]]
-        found: list[Tensor | None] = [None] * len(matrices)
+    def orthogonalise_(self, group: dict[str, Any], matrices: Sequence[Tensor]) -> None:
+        """Whole matrices, in place, with the settings of a group; those of one shape go together."""
         for batch in batches_of([tuple(matrix.shape) for matrix in matrices]):
             together = torch.stack([matrices[i] for i in batch])
             done = newton_schulz(together, group["ns_steps"], group["ns_coefficients"], group["eps"])
             for i, matrix in zip(batch, done, strict=True):
-                found[i] = matrix
-        return [matrix for matrix in found if matrix is not None]
+                matrices[i].copy_(matrix)
 
     @torch.no_grad()
     def step_matrix_(
@@ -209,14 +216,15 @@ class Muon(ElementwiseOptimizer):
 
     def _step_matrices_(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """One unsharded step of matrices of one shape."""
-        dtype, shape = NS_DTYPES[group["ns_dtype"]], params[0].shape
-        directions = torch.empty(len(params), *shape, dtype=dtype, device=params[0].device)
+        shape = params[0].shape
+        directions = torch.empty(len(params), *shape, dtype=self.ns_dtype, device=params[0].device)
         for param, direction in zip(params, directions, strict=True):
             grad = param.grad
             assert grad is not None, "only parameters with gradients are stepped"
             self._check_dense(param, grad)
             self.direct_flat_(param, grad.contiguous().view(-1), None, direction.view(-1))
-        for param, update in zip(params, self.orthogonalise(params[0], list(directions)), strict=True):
+        self.orthogonalise_(group, list(directions))
+        for param, update in zip(params, directions, strict=True):
             flat, state = param.detach().reshape(-1), self.state[param]
             master = state["master"].view(-1) if "master" in state else flat
             out = flat if "master" in state else None

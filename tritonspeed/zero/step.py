@@ -5,8 +5,8 @@
     update    per chunk, unscale × clip in one number: master, moments and the low-precision copy in one pass
     publish   stages 1, 2: the updated slices are gathered into place, bucket by bucket under the next bucket's update
 
-A chunk is a contiguous run of one rank slice whose parameters share an optimizer group. Stage 0 walks the slices of all
-ranks, so it does the same arithmetic as the others.
+Stage 0 walks the chunks of all ranks' slices, so it does the same arithmetic as the others. An optimizer whose update
+of an element needs more of its tensor than a slice has says so to ``whole.py``, which talks to the other ranks before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
@@ -26,38 +25,14 @@ from tritonspeed.kernels import sum_of_squares
 from tritonspeed.optim import check_elementwise
 from tritonspeed.precision import LossScaler, ScaleEvent
 from tritonspeed.zero.bucket import Bucket, Ledger
+from tritonspeed.zero.chunk import Chunk, cut_chunks
 from tritonspeed.zero.group import place_of
-from tritonspeed.zero.layout import runs
 from tritonspeed.zero.reduce import Reducer
+from tritonspeed.zero.whole import needs_whole, whole_step_of
 
 _UNCHECKED = "gradient not finite, first in {!r}: applied all the same, as bf16.check_grad_overflow is false"
 PUBLISHED_AT_ONCE = 2  # gathers of updated parameters under way, under the update of the next bucket
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed: keeps a zero norm from dividing
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Elements [start, end) of a bucket, updated as one flat fp32 parameter of the optimizer."""
-
-    bucket: Bucket
-    start: int
-    end: int
-    master: Parameter
-
-    def gradient(self) -> Tensor:
-        """The summed gradient of these elements, not yet unscaled."""
-        grad = self.bucket.grad
-        assert grad is not None, "a step follows a reduction"
-        return grad[self.start - self.bucket.owned[0] : self.end - self.bucket.owned[0]]
-
-    def low_precision(self) -> Tensor | None:
-        """Where the compute-dtype copy is written; None where the master is the parameter, or stage 3 casts later."""
-        bucket = self.bucket
-        if bucket.frees and bucket.shard is not None:
-            return bucket.shard[self.start - bucket.own[0] : self.end - bucket.own[0]]
-        if bucket.frees or bucket.types.compute == bucket.types.master:
-            return None
-        return bucket.whole[self.start : self.end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +53,10 @@ class StepFacts:
     scale: ScaleEvent
 
 
-def cut_chunks(bucket: Bucket, group_of_name: dict[str, int], max_elems: int) -> list[tuple[int, Chunk]]:
-    """The optimizer's chunks of one bucket, each with the index of its optimizer group (-1: in none, left out).
-
-    Args:
-        max_elems: longest chunk (``sub_group_size``); 0 is no bound.
-    """
-    assert bucket.master is not None, "only trainable buckets are cut into chunks"
-    found = []
-    for lo, hi in bucket.slices:
-        for group, start, end in runs(bucket.layout.spans, group_of_name, lo, hi):
-            step = max_elems or (end - start)
-            for at in range(start, end, step) if group >= 0 else ():
-                to = min(at + step, end)
-                view = bucket.master[at - bucket.owned[0] : to - bucket.owned[0]]
-                found.append((group, Chunk(bucket, at, to, Parameter(view))))
-    return found
-
-
 class ZeroOptimizer(torch.optim.Optimizer):
-    """Any elementwise torch optimizer, stepped on shards. Its ``param_groups`` and ``state`` are the inner one's own.
+    """Any elementwise torch optimizer, or our LAMB or Muon, stepped on shards.
+
+    Its ``param_groups`` and ``state`` are the inner one's own.
 
     Args:
         inner: the optimizer; the model parameters in its groups are replaced by flat fp32 chunks.
@@ -112,7 +71,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         ledger: where the optimizer's state is entered.
 
     Raises:
-        ValueError: an optimizer that needs whole tensors, or one whose parameters are not the model's.
+        ValueError: another optimizer that needs whole tensors, or one whose parameters are not the model's.
     """
 
     def __init__(
@@ -128,14 +87,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
         sub_group_size: int = 0,
         check_overflow: bool = True,
     ) -> None:
-        check_elementwise(inner)
+        if not needs_whole(inner):
+            check_elementwise(inner)
         self.inner, self.buckets, self.mesh, self.reducer, self.ledger = inner, buckets, mesh, reducer, ledger
         self.scaler = scaler or LossScaler()
         self.gradient_clipping, self.average, self.check_overflow = gradient_clipping, average, check_overflow
-        self.chunks = self._take_over(sub_group_size)
+        group_of_name = self._groups_by_name()
+        self.chunks = self._take_over(group_of_name, 0 if needs_whole(inner) else sub_group_size)
         self._chunks_in: dict[int, list[Chunk]] = {id(bucket): [] for bucket in buckets}
         for chunk in self.chunks:
             self._chunks_in[id(chunk.bucket)].append(chunk)
+        self._place = {id(bucket): place for place, bucket in enumerate(buckets)}
+        self.whole = whole_step_of(inner, self._chunks_in, group_of_name, buckets, ledger)
         if any(group.get("stochastic_rounding") for group in inner.param_groups):
             for bucket in buckets:
                 bucket.keep_rounded()
@@ -145,13 +108,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state  # one truth, the inner optimizer's
 
-    def _take_over(self, sub_group_size: int) -> list[Chunk]:
-        group_of_name: dict[int, dict[str, int]] = {id(b): {s.name: -1 for s in b.layout.spans} for b in self.buckets}
+    def _groups_by_name(self) -> dict[int, dict[str, int]]:
+        """Bucket → the parameter's name → its optimizer group, -1 for none."""
+        found: dict[int, dict[str, int]] = {id(b): {s.name: -1 for s in b.layout.spans} for b in self.buckets}
         for index, group in enumerate(self.inner.param_groups):
             for p in group["params"]:
                 _, bucket, at = place_of(p)
                 if bucket.trainable:
-                    group_of_name[id(bucket)][bucket.layout.spans[at].name] = index
+                    found[id(bucket)][bucket.layout.spans[at].name] = index
+        return found
+
+    def _take_over(self, group_of_name: dict[int, dict[str, int]], sub_group_size: int) -> list[Chunk]:
+        """Chunks take the parameters' places in the optimizer."""
+        for group in self.inner.param_groups:
             group["params"] = []
         self.inner.state.clear()
         chunks = []
@@ -240,23 +209,33 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if flat is None:
             self._step_generic(scale)
         published = []
-        for place, bucket in enumerate(self.buckets):
-            for chunk in self._chunks_of(bucket) if bucket.has_grad else ():
-                copy = chunk.low_precision()
-                if flat is not None:
-                    gradient = chunk.gradient()
-                    flat(chunk.master, gradient, scale, copy, first_element=chunk.start, place=place)
-                elif copy is not None:
-                    copy.copy_(chunk.master)
-            published.append(bucket.publish())
-            if len(published) > PUBLISHED_AT_ONCE:
-                published.pop(0).wait()
+        for buckets in [self.buckets] if self.whole is None else self.whole.rounds:
+            if self.whole is not None:
+                self.whole.begin([bucket for bucket in buckets if bucket.has_grad], scale)
+            for bucket in buckets:
+                for chunk in self._chunks_of(bucket) if bucket.has_grad else ():
+                    self._update_chunk(chunk, flat, scale)
+                published.append(bucket.publish())
+                if len(published) > PUBLISHED_AT_ONCE:
+                    published.pop(0).wait()
+            if self.whole is not None:
+                self.whole.end()
         for pending in published:
             pending.wait()
         for bucket in self.buckets:
             bucket.renew()
         self.inner.__dict__["_opt_called"] = True  # what torch's schedulers ask, to warn of a wrong order of calls
         self._count_state()
+
+    def _update_chunk(self, chunk: Chunk, flat: Callable[..., None] | None, scale: Tensor) -> None:
+        copy = chunk.low_precision()
+        if self.whole is not None and self.whole.takes(chunk):
+            self.whole.update(chunk, copy)
+        elif flat is not None:
+            place = self._place[id(chunk.bucket)]
+            flat(chunk.master, chunk.gradient(), scale, copy, first_element=chunk.start, place=place)
+        elif copy is not None:
+            copy.copy_(chunk.master)
 
     def state_views(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Tensor, int]]:
         """The optimizer's tensor ``key`` of the bucket's elements [lo, hi), as (view, first element), in order."""

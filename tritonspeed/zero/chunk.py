@@ -1,0 +1,63 @@
+"""A chunk: a contiguous run of one rank slice whose parameters share an optimizer group.
+
+bucket    |p0 p0 p0 .|p1 .|p2 p2 p2 p2 p2 p2 p2 .|p3 . . .|        p1 without weight decay
+slices    |<------ rank 0 ------->|<------ rank 1 ------->|
+chunks    |----0-----|-1--|---2---|----------3------------|
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from tritonspeed.zero.bucket import Bucket
+from tritonspeed.zero.layout import Piece, runs
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements [start, end) of a bucket, updated as one flat fp32 parameter of the optimizer."""
+
+    bucket: Bucket
+    start: int
+    end: int
+    master: Parameter
+
+    def gradient(self) -> Tensor:
+        """The summed gradient of these elements, not yet unscaled."""
+        grad = self.bucket.grad
+        assert grad is not None, "a step follows a reduction"
+        return grad[self.start - self.bucket.owned[0] : self.end - self.bucket.owned[0]]
+
+    def low_precision(self) -> Tensor | None:
+        """Where the compute-dtype copy is written; None where the master is the parameter, or stage 3 casts later."""
+        bucket = self.bucket
+        if bucket.frees and bucket.shard is not None:
+            return bucket.shard[self.start - bucket.own[0] : self.end - bucket.own[0]]
+        if bucket.frees or bucket.types.compute == bucket.types.master:
+            return None
+        return bucket.whole[self.start : self.end]
+
+    def pieces(self) -> list[Piece]:
+        """The parameters' parts in it, ``in_interval`` counted from the chunk's start; padding is in none."""
+        return [piece for piece in self.bucket.layout.pieces(self.start, self.end) if piece.numel]
+
+
+def cut_chunks(bucket: Bucket, group_of_name: dict[str, int], max_elems: int) -> list[tuple[int, Chunk]]:
+    """The optimizer's chunks of one bucket, each with the index of its optimizer group (-1: in none, left out).
+
+    Args:
+        max_elems: longest chunk (``sub_group_size``); 0 is no bound.
+    """
+    assert bucket.master is not None, "only trainable buckets are cut into chunks"
+    found = []
+    for lo, hi in bucket.slices:
+        for group, start, end in runs(bucket.layout.spans, group_of_name, lo, hi):
+            step = max_elems or (end - start)
+            for at in range(start, end, step) if group >= 0 else ():
+                to = min(at + step, end)
+                view = bucket.master[at - bucket.owned[0] : to - bucket.owned[0]]
+                found.append((group, Chunk(bucket, at, to, Parameter(view))))
+    return found
