@@ -20,12 +20,14 @@ from tritonspeed.kernels.matmul_w4a16 import matmul_w4a16
 from tritonspeed.kernels.matmul_w8a8 import matmul_w8a8
 from tritonspeed.kernels.matmul_w8a16 import matmul_w8a16
 from tritonspeed.kernels.newton_schulz import newton_schulz
+from tritonspeed.kernels.patch import PatchReport, patch, unpatch
 from tritonspeed.kernels.quantize import quantize
 from tritonspeed.kernels.rms_norm import rms_norm
 from tritonspeed.kernels.rotary import rotary
 from tritonspeed.kernels.softmax import softmax
 
 __all__ = [
+    "PatchReport",
     "adagrad_",
     "adamw_",
     "bias_gelu",
@@ -47,6 +49,7 @@ __all__ = [
     "matmul_w8a8",
     "matmul_w8a16",
     "newton_schulz",
+    "patch",
     "quantize",
     "reglu",
     "requantize_sum",
@@ -56,4 +59,5 @@ __all__ = [
     "sum_of_squares",
     "swiglu",
     "swiglu_packed",
+    "unpatch",
 ]
