@@ -200,7 +200,7 @@ class Muon(ElementwiseOptimizer):
         step_size = lr * shape_factor(shape, group["adjust_lr_fn"])
         muon_step_(master, update, decay=lr * group["weight_decay"], step_size=step_size, param_out=param_out)
 
-    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+    def _new_state(self, group: dict[str, Any], param: Tensor, first_element: int = 0) -> dict[str, Tensor]:
         names = ("momentum_buffer",) if group["use_muon"] else ("exp_avg", "exp_avg_sq")
         return {name: torch.zeros(param.shape, dtype=torch.float32, device=param.device) for name in names}
 
