@@ -172,7 +172,8 @@ def test_what_is_not_finite_stays_in_its_row(bad: float, device: torch.device) -
     clean = layer_norm(x)
     x[3, 5] = bad
     got = layer_norm(x)
-    assert got[3].isnan().any() and torch.equal(got[:3], clean[:3]) and torch.equal(got[4:], clean[4:])
+    others = torch.arange(7, device=device) != 3
+    assert got[~others].isnan().any() and torch.equal(got[others], clean[others])
 
 
 def test_two_runs_are_equal(device: torch.device) -> None:
@@ -264,7 +265,7 @@ def test_twice_differentiated_is_refused(device: torch.device) -> None:
         pytest.skip("CPU tensors take PyTorch, which can")
     x = torch.randn(3, 8, device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(layer_norm(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
@@ -276,8 +277,8 @@ def test_the_operators_are_registered_right(centred: bool, extras: bool) -> None
     z, seed, p = (x.clone(), torch.tensor(3), 0.3) if extras else (None, None, 0.0)
     bias, mean = (weight.clone(), rows.clone()) if centred else (None, torch.empty(0))
     torch.library.opcheck(torch.ops.tritonspeed.norm_forward, (x, z, weight, bias, seed, centred, 1e-5, 0.0, p))
-    wanted = (torch.float32, torch.float32 if extras else None, True, extras)
-    backward = (x, z, x, weight, bias, seed, mean, rows, centred, 1e-5, 0.0, p, *wanted)
+    dresidual = torch.float32 if extras else None
+    backward = (x, z, x, weight, bias, seed, mean, rows, centred, 1e-5, 0.0, p, torch.float32, dresidual, True, extras)
     torch.library.opcheck(torch.ops.tritonspeed.norm_backward, backward)
 
 

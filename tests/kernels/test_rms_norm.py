@@ -112,7 +112,8 @@ def test_what_is_not_finite_stays_in_its_row(bad: float, device: torch.device) -
     clean = rms_norm(x)
     x[3, 5] = bad
     got = rms_norm(x)
-    assert got[3].isnan().any() and torch.equal(got[:3], clean[:3]) and torch.equal(got[4:], clean[4:])
+    others = torch.arange(7, device=device) != 3
+    assert got[~others].isnan().any() and torch.equal(got[others], clean[others])
 
 
 def test_two_runs_are_equal(device: torch.device) -> None:

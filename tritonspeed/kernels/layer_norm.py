@@ -6,7 +6,7 @@
     dresidual = dz        dx = dz · k / (1 − p)        dw = Σ_rows g · x̂        db = Σ_rows g
 
 Shapes   x, y, z, residual: (..., N), M rows; w, b: (N,); mean, r: (M,)
-Types    x, residual, w, b each fp32, bf16, fp16 or fp64; y in x's type, z in the residual's; mean, r fp32 (fp64 for fp64)
+Types    x, residual, w, b: fp32, bf16, fp16 or fp64; y in x's type, z in the residual's; mean, r fp32 (fp64 for fp64)
 Bytes    s = itemsize, to 16 Ki columns forward and backward (longer: ``norm_rows``, ``norm_gradients``), P programs:
          forward   2·M·N·s + 2·N·s + 8·M            with residual   4·M·N·s + 2·N·s + 8·M
          backward  3·M·N·s + 2·N·s + 8·M + 16·P·N   with residual   4·M·N·s (5 with dropout) + the same rest
@@ -16,11 +16,13 @@ Source   Ba, Kiros & Hinton 2016, arXiv:1607.06450
 Roof     not measured yet
 """
 
+from typing import overload
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from tritonspeed.kernels._triton import check_device, takes_reference
-from tritonspeed.kernels.norm_function import NormFunction, check_norm, mixed_reference, seed_tensor
+from tritonspeed.kernels.norm_function import apply_norm, check_norm, mixed_reference, seed_tensor
 from tritonspeed.kernels.norm_rows import Norm
 
 
@@ -39,6 +41,22 @@ def layer_norm_reference(
     w, b = (None if p is None else p.to(mixed.dtype) for p in (weight, bias))
     y = F.layer_norm(mixed, mixed.shape[-1:], w, b, eps).to(x.dtype)
     return y if z is None else (y, z)
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    residual: None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Without a residual: y."""
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    residual: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """With a residual: y and z."""
 
 
 def layer_norm(
@@ -73,4 +91,4 @@ def layer_norm(
     if takes_reference(x):
         return layer_norm_reference(x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed)
     norm = Norm(centred=True, eps=eps, offset=0.0, dropout_p=dropout_p)
-    return NormFunction.apply(x, residual, weight, bias, seed_tensor(seed, dropout_p, x), norm)
+    return apply_norm(x, residual, weight, bias, seed_tensor(seed, dropout_p, x), norm)

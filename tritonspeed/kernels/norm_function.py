@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tritonspeed.kernels._autograd import once_differentiable
 from tritonspeed.kernels._ops import register
 from tritonspeed.kernels.norm_gradients import Wanted, launch_norm_backward
 from tritonspeed.kernels.norm_rows import Norm, dropout_reference, launch_norm_forward, statistics_dtype
@@ -80,19 +80,11 @@ register(
 )
 
 
-class NormFunction(torch.autograd.Function):
+class _NormFunction(torch.autograd.Function):
     """y, or y and z with a residual, from x, residual, weight, bias, seed and a ``Norm``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        norm: Norm,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(ctx, x, residual, weight, bias, seed, norm):
         y, z, mean, rstd = torch.ops.tritonspeed.norm_forward(
             x, residual, weight, bias, seed, norm.centred, norm.eps, norm.offset, norm.dropout_p
         )
@@ -103,7 +95,7 @@ class NormFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy, dz=None):
         z, weight, bias, seed, mean, rstd = ctx.saved_tensors
         norm, (needs_x, needs_residual, needs_weight, needs_bias, *_) = ctx.norm, ctx.needs_input_grad
         if dy is None:  # only z was used
@@ -128,6 +120,13 @@ class NormFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+def apply_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, norm: Norm
+) -> Any:
+    """The kernels, differentiable once: y, and z with a residual."""
+    return _NormFunction.apply(x, residual, weight, bias, seed, norm)
 
 
 def mixed_reference(

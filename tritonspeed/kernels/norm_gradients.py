@@ -40,7 +40,7 @@ from tritonspeed.kernels.norm_rows import (
     statistics_dtype,
     vector_elems,
 )
-from tritonspeed.kernels.rounding import load, store_rounded
+from tritonspeed.kernels.rounding import as_scalar, load, store_rounded
 from tritonspeed.kernels.tuned import Feature, Tunable, next_power_of_2
 
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -109,29 +109,27 @@ def _norm_backward_kernel(
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    offset, scale = tl.cast(offset, ACC), tl.cast(scale, ACC)
+    offset, scale = as_scalar(offset, ACC), as_scalar(scale, ACC)
     z_seed, seed = None, None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     if z_seed_ptr is not None:
         z_seed = tl.load(z_seed_ptr)
-    BACKWARDS: tl.constexpr = c1_ptr is not None
     program, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     num_programs = tl.num_programs(0) // BLOCKS
     # all rows of a program begin at the same distance from a 16-byte boundary, so these columns are the program's
-    start = num_tiles - 1 - program if BACKWARDS else program
+    start = num_tiles - 1 - program if c1_ptr is not None else program
     row, is_row, head = find_rows(tl.maximum(start, 0), num_rows, n, ROWS, VEC, EDGES)
     column, in_row = find_body(block * BLOCK, head, n, BLOCK, VEC)
     w = _scale_of(weight_ptr, column, in_row, offset, CENTRED, ACC)
     dw, db = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC)
-    if EDGES:
-        edge, in_edges = find_edges(head, n, VEC)
-        is_mine = edge * 0 + block == 0  # the first block of columns takes care of the edges
-        edge_w = _scale_of(weight_ptr, edge, in_edges, offset, CENTRED, ACC)
-        edge_dw, edge_db = tl.zeros([ROWS, 2 * VEC], ACC), tl.zeros([ROWS, 2 * VEC], ACC)
+    edge, in_edges = find_edges(head, n, VEC)  # what follows of it is not compiled where there are no edges
+    is_mine = edge * 0 + block == 0  # the first block of columns takes care of the edges
+    edge_w = _scale_of(weight_ptr if EDGES else None, edge, in_edges, offset, CENTRED, ACC)
+    edge_dw, edge_db = tl.zeros([ROWS, 2 * VEC], ACC), tl.zeros([ROWS, 2 * VEC], ACC)
 
     for i in tl.range(program, num_tiles, num_programs, num_stages=STAGES):
-        tile = num_tiles - 1 - i if BACKWARDS else i
+        tile = num_tiles - 1 - i if c1_ptr is not None else i
         row, is_row, _ = find_rows(tile, num_rows, n, ROWS, VEC, EDGES)
         inside = in_row if ROWS == 1 else in_row & is_row
         begin = place_body(row, n, head, block * BLOCK, VEC)
@@ -144,8 +142,9 @@ def _norm_backward_kernel(
             z_ptr, dy_ptr, at, begin, inside, z_seed, mean, rstd, w, p, scale, CENTRED, ACC,
             "evict_first" if BLOCKS == 1 else "", INTERPRET,
         )  # fmt: skip
+        edge_at, edge_inside = row * n + edge, in_edges & is_row
+        edge_x_hat, edge_dy, edge_h = x_hat, dy, h
         if EDGES:
-            edge_at, edge_inside = row * n + edge, in_edges & is_row
             edge_x_hat, edge_dy, edge_h = _read_gradient(
                 z_ptr, dy_ptr, edge_at, None, edge_inside, z_seed, mean, rstd, edge_w, p, scale, CENTRED, ACC, "",
                 INTERPRET,
@@ -206,7 +205,7 @@ def _norm_row_constants_kernel(
     CENTRED: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    offset, scale = tl.cast(offset, ACC), tl.cast(scale, ACC)
+    offset, scale = as_scalar(offset, ACC), as_scalar(scale, ACC)
     z_seed = None
     if z_seed_ptr is not None:
         z_seed = tl.load(z_seed_ptr)
@@ -283,6 +282,7 @@ class NormBackwardLaunch:
     def heuristic(
         cls, card: Card, n: int, dtype: str, edges: bool, dropout: bool, residual: bool, **features: Feature
     ) -> "NormBackwardLaunch":
+        """As many columns as their gradients fit in registers, and programs that fill the multiprocessors once."""
         itemsize = ITEMSIZE[dtype]
         block = max(16, next_power_of_2(n))
         rows = max(1, 2048 // block) if block <= 1024 else 1
@@ -295,7 +295,7 @@ class NormBackwardLaunch:
             block, num_read = widest, num_read + 2  # two share the row; 8192 of fp32 spill 136 bytes there, gfx950 293
         elif block > widest:
             block = min(4096, widest)
-        # 16 elements a thread take 97-128 registers (ptxas, sm_90), so 512 threads fill a multiprocessor; a tile of 8192
+        # 16 elements a thread take 97-128 registers (ptxas, sm_90): 512 threads fill a multiprocessor. A tile of 8192
         # on the way while another is worked on is 32 KiB in flight, more than 3.35 TB/s · 700 ns / 132 = 18 KiB
         threads = min(512, max(128, rows * block // 16))
         fits = (rows * block * itemsize * num_read) + 1024 <= card.max_shared_bytes
@@ -303,6 +303,7 @@ class NormBackwardLaunch:
 
     @classmethod
     def candidates(cls, card: Card, n: int, dtype: str, **features: Feature) -> list["NormBackwardLaunch"]:
+        """4 to 16 elements a thread, whole rows and parts, with less and more of them in flight."""
         block = max(16, next_power_of_2(n))
         tiles = [(rows, block) for rows in (1, 2, 4, 8, 16) if (1024 <= rows * block <= 8192 or rows == 1)]
         tiles = [tile for tile in tiles if tile[1] <= 8192]

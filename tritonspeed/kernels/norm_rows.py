@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tritonspeed.kernels._triton import INTERPRETED, accumulator, card_of, launch, on_device_of, tl, triton
 from tritonspeed.kernels.cards import Card
-from tritonspeed.kernels.rounding import load, philox_reference, round_nearest, store_rounded
+from tritonspeed.kernels.rounding import as_scalar, load, philox_reference, round_nearest, store_rounded
 from tritonspeed.kernels.tuned import Feature, Tunable, dtype_name, next_power_of_2
 
 MAX_HELD = 16384  # elements of a row that stay in registers
@@ -88,14 +88,12 @@ def place_body(row, n, head, first, VEC: tl.constexpr):
 @triton.jit
 def keeps(seed, at, begin, p):
     """Dropout's mask of the elements ``at``; if they lie side by side from ``begin`` on, four share a philox call."""
-    rounds: tl.constexpr = 7
     index = at
     if begin is not None:
-        quarter: tl.constexpr = at.shape[1] // 4
-        index = begin + 4 * tl.arange(0, quarter)[None, :]
+        index = begin + 4 * tl.arange(0, at.shape[1] // 4)[None, :]
     group = index // 4
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=rounds)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=tl.constexpr(7))
     if begin is not None:
         pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROWS, BLOCK/4, 2, 2]: word 2a + b at (·, ·, a, b)
         word = tl.reshape(pairs, [at.shape[0], at.shape[1]])
@@ -150,8 +148,7 @@ def _norm_forward_kernel(
     scale, CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    # a Python float is fp64 to Inductor and to the interpreter: pinned, or the whole tile would be promoted
-    eps, offset, scale = tl.cast(eps, ACC), tl.cast(offset, ACC), tl.cast(scale, ACC)
+    eps, offset, scale = as_scalar(eps, ACC), as_scalar(offset, ACC), as_scalar(scale, ACC)
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -165,10 +162,9 @@ def _norm_forward_kernel(
     w, b = None, None
     if not LATE:
         w, b = read_weights(weight_ptr, column, in_row, ACC), read_weights(bias_ptr, column, in_row, ACC)
+    edge, in_edges = find_edges(head, n, VEC)  # what follows of it is not compiled where there are no edges
+    edge_at, edge_inside, edge_z = row * n + edge, in_edges & is_row, z
     if EDGES:
-        edge, in_edges = find_edges(head, n, VEC)
-        edge_inside = in_edges & is_row
-        edge_at = row * n + edge
         edge_z = read_z(x_ptr, residual_ptr, edge_at, None, edge_inside, seed, p, scale, ACC, "", INTERPRET)
     mean = tl.zeros([ROWS, 1], ACC)
     centred = z
@@ -204,7 +200,7 @@ def _norm_forward_long_kernel(
     scale, CENTRED: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    eps, offset, scale = tl.cast(eps, ACC), tl.cast(offset, ACC), tl.cast(scale, ACC)
+    eps, offset, scale = as_scalar(eps, ACC), as_scalar(offset, ACC), as_scalar(scale, ACC)
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -225,9 +221,9 @@ def _norm_forward_long_kernel(
         else:
             lane_squares += z * z
     mean = tl.zeros([1, 1], ACC)
+    edge, in_edges = find_edges(head, n, VEC)
+    edge_at, edge_z = row * n + edge, mean
     if EDGES:
-        edge, in_edges = find_edges(head, n, VEC)
-        edge_at = row * n + edge
         edge_z = read_z(x_ptr, residual_ptr, edge_at, None, in_edges, seed, p, scale, ACC, "", INTERPRET)
     if CENTRED:
         lane_count = (((n - head) // VEC * VEC - tl.arange(0, BLOCK)[None, :] + BLOCK - 1) // BLOCK).to(ACC)
@@ -280,6 +276,7 @@ class NormForwardLaunch:
     def heuristic(
         cls, card: Card, n: int, dtype: str, edges: bool, dropout: bool, **features: Feature
     ) -> "NormForwardLaunch":
+        """The whole row in registers, several where they are short; a long one in parts."""
         # fp64 is for gradcheck; 16384 with edges and dropout spill 16-104 bytes a thread (sm_80, sm_100)
         if n > (4096 if dtype == "fp64" else MAX_HELD // 2 if edges and dropout else MAX_HELD):
             # 1024 threads × 8 elements: 44-62 registers (ptxas, sm_90). One program fills a multiprocessor, so the rows
@@ -287,13 +284,14 @@ class NormForwardLaunch:
             return cls(rows=1, block=8192 if dtype != "fp64" else 2048, num_warps=1024 // card.warp_size)
         block = max(16, next_power_of_2(n))
         rows = max(1, 4096 // block) if block <= 1024 else 1
-        # 16 elements a thread: two 16-byte loads of bf16 on the way in 46-48 registers (80 with edges), 5 programs of 256
-        # threads a multiprocessor, 40 KiB in flight; 16384 are 32 elements a thread in 64-128 registers (ptxas, sm_90)
+        # 16 elements a thread: two 16-byte loads of bf16 on the way in 46-48 registers (80 with edges), 5 programs of
+        # 256 threads a multiprocessor, 40 KiB in flight; 16384: 32 elements a thread in 64-128 (ptxas, sm_90)
         threads = min(512, max(128, rows * block // 16))
         return cls(rows, block, threads // card.warp_size)
 
     @classmethod
     def candidates(cls, card: Card, n: int, **features: Feature) -> list["NormForwardLaunch"]:
+        """4 to 64 elements a thread, whole rows and parts."""
         block = max(16, next_power_of_2(n))
         tiles = [(rows, block) for rows in (1, 2, 4, 8, 16, 32) if 1024 <= rows * block <= 8192 or rows == 1]
         if block > 4096:

@@ -18,11 +18,13 @@ Source   Zhang & Sennrich 2019, arXiv:1910.07467
 Roof     not measured yet
 """
 
+from typing import overload
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from tritonspeed.kernels._triton import check_device, takes_reference
-from tritonspeed.kernels.norm_function import NormFunction, check_norm, mixed_reference, seed_tensor
+from tritonspeed.kernels.norm_function import apply_norm, check_norm, mixed_reference, seed_tensor
 from tritonspeed.kernels.norm_rows import Norm
 
 
@@ -43,6 +45,22 @@ def rms_norm_reference(
         y = y * (weight.to(mixed.dtype) + offset)
     y = y.to(x.dtype)
     return y if z is None else (y, z)
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *,
+    residual: None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None, offset: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Without a residual: y."""
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *,
+    residual: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None, offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """With a residual: y and z."""
 
 
 def rms_norm(
@@ -80,4 +98,4 @@ def rms_norm(
             x, weight, eps, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset
         )  # fmt: skip
     norm = Norm(centred=False, eps=eps, offset=offset, dropout_p=dropout_p)
-    return NormFunction.apply(x, residual, weight, None, seed_tensor(seed, dropout_p, x), norm)
+    return apply_norm(x, residual, weight, None, seed_tensor(seed, dropout_p, x), norm)

@@ -65,6 +65,12 @@ def round_stochastic_reference(x: Tensor, seed: int, first_element: int = 0) -> 
 
 
 @triton.jit
+def as_scalar(x, dtype):
+    """A float argument in the type of computation: to Inductor and the interpreter it is fp64."""
+    return tl.cast(x, dtype)
+
+
+@triton.jit
 def load(at, inside, ACC: tl.constexpr, EVICT: tl.constexpr):
     """Load and widen to ACC; ``inside`` None is the full tile, whose accesses are wide because no lane can be off.
 

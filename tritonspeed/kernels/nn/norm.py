@@ -25,10 +25,10 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 class LayerNorm(torch.nn.LayerNorm):
     """A drop-in for ``torch.nn.LayerNorm``; y comes in x's type whatever the parameters'."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = _rows(x, self.normalized_shape)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = _rows(input, self.normalized_shape)
         y = layer_norm(rows, _flat(self.weight), _flat(self.bias), self.eps)
-        return y.view(x.shape)
+        return y.view(input.shape)
 
 
 class RMSNorm(torch.nn.RMSNorm):
