@@ -162,6 +162,10 @@ def largest_block_k(group: int) -> int:
     return min(128, group & -group) if group else 128
 
 
+def _is_rdna(card: Card) -> bool:
+    return card.backend == "hip" and card.warp_size == 32
+
+
 def _num_stages(card: Card, operands: Operands, block_m: int, block_n: int, block_k: int, most: int) -> int:
     if card.backend != "cuda":
         return 2  # one tile on its way while one is multiplied; LDS is 64 KiB
@@ -182,8 +186,9 @@ def tile_launch(
     card: Card, m: int, n: int, k: int, operands: Operands, *, block_m: int, block_n: int, num_warps: int
 ) -> MatmulLaunch:
     """A tile, with the depth of its pipeline and the parts of K that the card can take."""
-    # 128 x 128 x 128 would leave one stage in 64 KiB; RDNA 3 spills 317 registers at 64 x 64 x 128 (triton 3.9)
-    is_large = block_m * block_n > 64 * 64 or (card.backend == "hip" and card.warp_size == 32 and block_m > 16)
+    # 64 x 64 x 128 spills 60 bytes on sm_100 (W8A16, a ragged K) and 317 registers on RDNA 3 (W4A16), whose 32 rows are
+    # full as well; 128 x 128 x 128 would leave one stage in 64 KiB (triton 3.9)
+    is_large = block_m * block_n >= 64 * 64 or (_is_rdna(card) and block_m > 16)
     block_k = min(operands.max_block_k, 64 if is_large else 128)
     # each thread loads 16 bytes of codes at least
     threads = num_warps * 32
@@ -198,8 +203,10 @@ def tile_launch(
 
 def matmul_heuristic(card: Card, m: int, n: int, k: int, operands: Operands) -> MatmulLaunch:
     """A tile for a bucket of M."""
-    if m <= 64:
+    if m <= (16 if _is_rdna(card) else 64):
         return tile_launch(card, m, n, k, operands, block_m=max(16, m), block_n=64, num_warps=4)
+    if _is_rdna(card):  # 4 warps spill 9 registers with 32 x 64 and 119 with 64 x 64; 8 warps 49 with 128 x 128 (W8A16)
+        return tile_launch(card, m, n, k, operands, block_m=min(64, m), block_n=128, num_warps=8)
     if card.compute_capability == 120:  # 128 x 128 on 8 warps gets 128 registers there and spills 8 bytes
         return tile_launch(card, m, n, k, operands, block_m=64, block_n=128, num_warps=4)
     return tile_launch(card, m, n, k, operands, block_m=128, block_n=128, num_warps=8)
@@ -207,7 +214,7 @@ def matmul_heuristic(card: Card, m: int, n: int, k: int, operands: Operands) -> 
 
 def matmul_candidates(card: Card, m: int, n: int, k: int, operands: Operands) -> list[MatmulLaunch]:
     """What a tuner should try for a bucket of M."""
-    shapes = [(bm, bn, nw) for bm in (16, 32, 64, 128) for bn in (64, 128, 256) for nw in (4, 8)]
+    shapes = [(bm, bn, nw) for bm in (16, 32, 64, 128) for bn in (32, 64, 128, 256) for nw in (4, 8)]
     fitting = [s for s in shapes if (s[0] <= max(16, m) and 4 * s[0] >= min(m, 128) and s[0] * s[1] <= 128 * 256)]
     tiles = [
         tile_launch(card, m, n, k, operands, block_m=bm, block_n=bn, num_warps=nw)
