@@ -239,9 +239,8 @@ SHAPES = {
             "disable_allgather": False,
             "optimizer": {"type": "Lamb", "params": {"lr": 1e-3, "max_coeff": 10}, "legacy_fusion": False},
         },
-        refused=["optimizer.type"],
         mapped=["zero_optimization", "fp32_allreduce", "allgather_size"],
-        inert=["disable_allgather", "optimizer.params.lr", "optimizer.params.max_coeff", "optimizer.legacy_fusion"],
+        inert=["disable_allgather", "optimizer.legacy_fusion"],
         resolved={"zero_optimization": 1, "fp32_allreduce": "fp32"},
     ),
     "of 2021": Shape(

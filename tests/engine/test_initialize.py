@@ -96,7 +96,7 @@ def test_arguments_of_a_script():
         ({"model": Net(), "config": settings(gradient_accumulation_steps=2, train_batch_size=6)}, "micro batch 2"),
         ({"model": Net(), "config": {"gradient_accumulation_steps": 2}}, "alone says nothing"),
         ({"model": Net(), "config": settings(4)}, "stage"),
-        ({"model": Net(), "config": settings(optimizer={"type": "Lamb", "params": {}})}, "(?i)lamb"),
+        ({"model": Net(), "config": settings(optimizer={"type": "OneBitLamb", "params": {}})}, "(?i)lamb"),
     ],
 )
 def test_mistakes_are_told(arguments, told):

@@ -8,11 +8,12 @@ import torch
 from tolerances import tolerance
 
 from tritonspeed.config.optimizers import OWN_DEFAULTS
-from tritonspeed.optim import Adagrad, AdamW, Lion
+from tritonspeed.optim import Adagrad, AdamW, Lamb, Lion, Muon
 from tritonspeed.optim.build import build_optimizer, build_scheduler, check_elementwise
 from tritonspeed.optim.schedules import VALID_LR_SCHEDULES, WarmupLR
 
 ELEMENTWISE = ["SGD", "Adagrad", "Adadelta", "RMSprop", "Rprop", "NAdam", "RAdam", "Adamax", "ASGD"]
+MEET = ["Lamb", "Muon"]  # ours; they need whole tensors, and the ranks meet for them
 WHOLE = ["Adafactor", "LBFGS", "Muon", "SparseAdam"]
 
 
@@ -110,6 +111,33 @@ def test_torch_adam_takes_amsgrad_and_foreach():
     assert optimizer.param_groups[0]["amsgrad"] is True and optimizer.param_groups[0]["foreach"] is False
 
 
+def test_lamb_by_name_has_deepspeeds_parameters():
+    params = {"lr": 0.5, "betas": [0.8, 0.9], "max_coeff": 0.3, "min_coeff": 0.1, "eps_inside_sqrt": True}
+    optimizer = build_optimizer("lamb", params, make_params())
+    assert type(optimizer) is Lamb
+    assert {**optimizer.param_groups[0], "betas": [*optimizer.param_groups[0]["betas"]]}.items() >= params.items()
+    assert optimizer.defaults["weight_decay"] == 0 and optimizer.defaults["eps"] == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("params", "rates"),
+    [
+        ({}, (0.02, 3e-4)),
+        ({"lr": 0.5}, (0.5, 0.5)),
+        ({"lr": 0.5, "adam_lr": 0.25}, (0.5, 0.25)),
+        ({"muon_lr": 0.125, "eps": 1e-3, "ns_method": "gram"}, (0.125, 3e-4)),
+    ],
+)
+def test_muon_by_name_has_deepspeeds_parameters(params, rates):
+    hidden, vector = make_params((5, 6), (7,))
+    optimizer = build_optimizer("MUON", params, [hidden, vector])
+    assert type(optimizer) is Muon
+    assert [(g["use_muon"], g["lr"]) for g in optimizer.param_groups] == [(True, rates[0]), (False, rates[1])]
+    group = optimizer.param_groups[1]
+    assert (group["weight_decay"], group["betas"], group["adam_eps"]) == (0, (0.9, 0.95), params.get("eps", 1e-10))
+    assert group["eps"] == 1e-7  # of the matrices' norm, which DeepSpeed has no name for
+
+
 def test_every_elementwise_class_of_torch_is_accepted():
     offered = {
         name
@@ -119,7 +147,7 @@ def test_every_elementwise_class_of_torch_is_accepted():
     assert offered == {*ELEMENTWISE, *WHOLE, "Adam", "AdamW"}  # a new one in torch has to be sorted in
 
 
-@pytest.mark.parametrize("type", [*OWN_DEFAULTS, *(name for name in ELEMENTWISE if name not in OWN_DEFAULTS)])
+@pytest.mark.parametrize("type", [name for name in dict.fromkeys((*OWN_DEFAULTS, *ELEMENTWISE)) if name not in MEET])
 def test_what_is_accepted_updates_a_shard_as_it_updates_the_whole(type):
     """The definition of elementwise. Not to the last bit: a shard ends in another vector tail, which rounds apart."""
     params = {} if type in OWN_DEFAULTS else {"foreach": False}
@@ -136,8 +164,6 @@ def test_what_is_accepted_updates_a_shard_as_it_updates_the_whole(type):
 @pytest.mark.parametrize(
     ("type", "parts"),
     [
-        ("Lamb", ("norms of whole tensors", "kernels work", "Use AdamW")),
-        ("Muon", ("whole matrices", "kernels work", "Use AdamW")),
         ("OneBitAdam", ("1-bit", "Use AdamW")),
         ("OneBitLamb", ("1-bit", "Use AdamW")),
         ("ZeroOneAdam", ("0/1", "Use AdamW")),

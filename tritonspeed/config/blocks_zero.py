@@ -255,7 +255,7 @@ class ZeroOptimization:
     )
     enable_sanity_checks: bool = key(False, "internal checks", inert="the check that ranks agree always runs")
     save_muon_momentum_buffer_in_memory: bool = key(
-        False, "keep Muon's momentum off NVMe", inert="acts only with Muon and nvme, which are refused"
+        False, "keep Muon's momentum off NVMe", inert="acts only with nvme, which is refused"
     )
     zero_hpz_partition_size: int = key(
         1,

@@ -2,7 +2,7 @@
 
 A table, so that `check` runs without importing torch; a test holds torch's rows to torch's own signatures.
 An optimizer is usable when its update of one element needs nothing but that element (and scalars): it then
-runs on any slice of a flat buffer. Names are matched without regard to case, as DeepSpeed does for its own.
+runs on any slice of a flat buffer. Lamb and Muon need more, and the slices meet for it. Names are matched without regard to case, as DeepSpeed does for its own.
 """
 
 import math
@@ -32,6 +32,7 @@ INERT: dict[str, str] = {
     "fused": "one pass updates a flat shard",
     "set_grad_none": "gradients are released after the step",
     "fp32_optimizer_states": "moments are fp32",
+    "ns_method": "one iteration for all shapes, its symmetric products at half the work",
 }
 """Parameters of our optimizers that are accepted and change nothing, with the reason."""
 
@@ -58,11 +59,41 @@ ADAGRAD_DEFAULTS: dict[str, Any] = {
 }
 """torch's and DeepSpeed's defaults of Adagrad, which agree."""
 
+LAMB_DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "bias_correction": True,
+    "eps_inside_sqrt": False,
+    "max_coeff": 10.0,
+    "min_coeff": 0.01,
+}
+"""DeepSpeed's defaults of Lamb."""
+
+MUON_DEFAULTS: dict[str, Any] = {
+    "lr": 0.02,
+    "muon_lr": 0.02,
+    "adam_lr": 3e-4,
+    "momentum": 0.95,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.95),
+    "eps": 1e-10,
+    "nesterov": True,
+    "ns_steps": 5,
+    "ns_dtype": "bf16",
+    "ns_method": "standard",
+    "adjust_lr_fn": "original",
+}
+"""DeepSpeed's defaults of Muon: betas and eps are those of AdamW beside it; an lr that is given is both rates'."""
+
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "Adagrad": ADAGRAD_DEFAULTS,
     "Adam": ADAM_DEFAULTS,
     "AdamW": ADAM_DEFAULTS,
+    "Lamb": LAMB_DEFAULTS,
     "Lion": LION_DEFAULTS,
+    "Muon": MUON_DEFAULTS,
 }
 """The optimizers of ``tritonspeed.optim``, with what DeepSpeed knows of each."""
 
@@ -94,8 +125,6 @@ TORCH_DEFAULTS: dict[str, dict[str, Any]] = {
 TORCH_SHARED = ("maximize", "foreach", "capturable", "differentiable", "fused")
 
 REFUSED: dict[str, str] = {
-    "Lamb": "needs the norms of whole tensors; it comes with the kernels work. Use AdamW",
-    "Muon": "needs whole matrices; it comes with the kernels work. Use AdamW",
     "OneBitAdam": "1-bit compression is not built, and it excludes ZeRO. Use AdamW",
     "OneBitLamb": "1-bit compression is not built, and it excludes ZeRO. Use AdamW",
     "ZeroOneAdam": "0/1 compression is not built, and it excludes ZeRO. Use AdamW",
@@ -212,7 +241,7 @@ def canonical_optimizer(name: str) -> str:
 
 
 def refused_optimizer(name: Any) -> str | None:
-    """refused: Lamb, Muon, the 1-bit and muP families, Adafactor, LBFGS, SparseAdam (see below)"""
+    """refused: the 1-bit and muP families, Adafactor, LBFGS, SparseAdam (see below)"""
     match = _match(name, REFUSED) if isinstance(name, str) else None
     return None if match is None else f"{match} {REFUSED[match]}"
 

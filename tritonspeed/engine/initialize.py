@@ -16,7 +16,7 @@ from tritonspeed import comm, tuning
 from tritonspeed.comm import Mesh
 from tritonspeed.config import Config, ModelFacts, load
 from tritonspeed.engine.engine import Engine
-from tritonspeed.optim import build_optimizer, build_scheduler
+from tritonspeed.optim import build_optimizer, build_scheduler, mark_hidden_matrices
 from tritonspeed.precision import LossScaler, Policy
 from tritonspeed.zero import ShardedModel, ShardOptions, ZeroOptimizer
 
@@ -134,6 +134,8 @@ def _build_optimizer(
         return given(chosen or trainable)
     if config.optimizer is None or config.optimizer.type is None:
         return None
+    if config.optimizer.type.lower() == "muon":
+        mark_hidden_matrices(model)  # by names, which the optimizer does not see
     return build_optimizer(config.optimizer.type, dict(config.optimizer.params or {}), chosen or trainable)
 
 

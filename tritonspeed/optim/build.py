@@ -2,8 +2,8 @@
 
 A shard is a slice of a flat buffer: it knows neither the shape of a parameter nor its other elements. So an optimizer
 may run on shards if element i of its update depends on element i of weight, gradient and state alone. Norms of a
-layer (LAMB), rows and columns (Adafactor), matrices (Muon), sums over the model (Prodigy) and line searches (LBFGS)
-would go wrong without an error, and are refused.
+layer (LARS), rows and columns (Adafactor), matrices (Shampoo), sums over the model (Prodigy) and line searches (LBFGS)
+would go wrong without an error, and are refused. Our Lamb and Muon say what they need, and the ranks meet for it.
 
 "Adam" means AdamW, as in DeepSpeed, unless `adam_w_mode` is false. Defaults are DeepSpeed's too: lr 1e-3, weight decay
 0, where `torch.optim.AdamW` has 0.01; `torch_adam` takes torch's. Names, parameters and refusals by name are those of
@@ -30,10 +30,12 @@ from tritonspeed.config.optimizers import (
 )
 from tritonspeed.optim.adagrad import Adagrad
 from tritonspeed.optim.adamw import AdamW
+from tritonspeed.optim.lamb import Lamb
 from tritonspeed.optim.lion import Lion
+from tritonspeed.optim.muon import Muon
 from tritonspeed.optim.schedules import SCHEDULES, Schedule
 
-_OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {"Adagrad": Adagrad, "Lion": Lion}
+_OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {"Adagrad": Adagrad, "Lamb": Lamb, "Lion": Lion}
 _SWITCHES = ("adam_w_mode", "torch_adam", "amsgrad")  # of Adam, in DeepSpeed's words
 # Class names in lower case, of objects that users bring from anywhere, and what they need beyond their own elements.
 _NEEDS = {
@@ -56,7 +58,8 @@ def build_optimizer(
     """The optimizer that `"optimizer": {"type": ..., "params": ...}` asks for.
 
     Args:
-        type: "Adam", "AdamW", "Lion" and "Adagrad" in any case are ours; else an elementwise class of `torch.optim`.
+        type: "Adam", "AdamW", "Lion", "Adagrad", "Lamb" and "Muon" in any case are ours; else an elementwise class of
+            `torch.optim`. For Muon, `mark_hidden_matrices(model)` first.
         params: its keyword arguments, and DeepSpeed's switches for Adam: `adam_w_mode`, `torch_adam`.
         param_groups: parameters, or groups of them with their own settings.
 
@@ -71,6 +74,8 @@ def build_optimizer(
     _raise_if_any(check_optimizer_params(name, params) + _unfilled("optimizer", params))
     if name in ("Adam", "AdamW"):
         return _build_adam(name, params, param_groups)
+    if name == "Muon":
+        return _build_muon(params, param_groups)
     if name in _OURS:
         return _construct("optimizer", _OURS[name], param_groups, _settings(name, params))
     return _construct("optimizer", getattr(torch.optim, name), param_groups, params)
@@ -83,6 +88,15 @@ def _build_adam(name: str, params: dict[str, Any], param_groups: Iterable[Any]) 
         cls = torch.optim.AdamW if decoupled else torch.optim.Adam
         return _construct("optimizer", cls, param_groups, _for_torch_adam(params))
     return _construct("optimizer", AdamW, param_groups, {**_settings(name, params), "decoupled": decoupled})
+
+
+def _build_muon(params: dict[str, Any], param_groups: Iterable[Any]) -> torch.optim.Optimizer:
+    """Muon with DeepSpeed's names: one lr may stand for both kinds, eps is AdamW's."""
+    settings = _settings("Muon", params)
+    settings["adam_eps"] = settings.pop("eps")
+    if "lr" in params:
+        settings |= {key: params["lr"] for key in ("muon_lr", "adam_lr") if key not in params}
+    return _construct("optimizer", Muon, param_groups, settings)
 
 
 def _settings(name: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +169,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
             if needs is not None:
                 what = cls.__name__ if base is cls else f"{cls.__name__} (a {base.__name__})"
                 raise ValueError(
-                    f"{what} needs {needs}, but a shard is a slice of a flat buffer: use AdamW, or any optimizer whose "
-                    "update is elementwise"
+                    f"{what} needs {needs}, but a shard is a slice of a flat buffer: use AdamW, any optimizer whose "
+                    "update is elementwise, or Lamb or Muon of tritonspeed.optim"
                 )
         inner = getattr(inner, "optimizer", None) or getattr(inner, "base_optimizer", None)
 

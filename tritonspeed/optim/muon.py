@@ -35,16 +35,19 @@ def is_hidden_matrix(name: str, param: Tensor) -> bool:
     return bool(own) if own is not None else param.ndim == 2 and not any(part in name.lower() for part in NOT_HIDDEN)
 
 
-def mark_hidden_matrices(model: nn.Module) -> None:
-    """Set ``use_muon`` on every parameter that has none, by its names in the model: one that tells it apart is enough.
-
-    An embedding that is tied to a head is no hidden matrix under any of its names.
-    """
+def hidden_matrices(model: nn.Module) -> dict[int, bool]:
+    """id of each parameter → whether Muon takes it; a table under one of its names or modules is one under all."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     hidden: dict[int, bool] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         is_hidden = is_hidden_matrix(name, param) and (hasattr(param, "use_muon") or id(param) not in tables)
         hidden[id(param)] = hidden.get(id(param), True) and is_hidden
+    return hidden
+
+
+def mark_hidden_matrices(model: nn.Module) -> None:
+    """Set ``use_muon`` on every parameter that has none, by ``hidden_matrices``: an optimizer sees no names."""
+    hidden = hidden_matrices(model)
     for param in model.parameters():
         param.use_muon = hidden[id(param)]  # type: ignore[attr-defined]
 
