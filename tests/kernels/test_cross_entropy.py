@@ -16,8 +16,8 @@ from torch import Tensor
 import tritonspeed as ts
 from tritonspeed.kernels import cross_entropy
 from tritonspeed.kernels._triton import INTERPRETED, launch
-from tritonspeed.kernels.cross_entropy import CrossEntropyOptions, launch_cross_entropy_in_place_
-from tritonspeed.kernels.cross_entropy_rows import Rows
+from tritonspeed.kernels.cross_entropy import launch_cross_entropy_in_place_
+from tritonspeed.kernels.cross_entropy_rows import CrossEntropyOptions, Rows
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -352,7 +352,6 @@ def test_double_backward_is_refused(device: torch.device) -> None:
         dx.sum().backward()
 
 
-@interpreted
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_operators_are_registered_right(reduction: str) -> None:
     x, y = batch(6, 17, torch.float32)

@@ -26,7 +26,7 @@ CPU tensors take PyTorch, which raises IndexError.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,10 @@ from tritonspeed.kernels._triton import (
     triton,
 )
 from tritonspeed.kernels.cards import Card
+from tritonspeed.kernels.cross_entropy_cpu import backward_cpu, backward_cpu_, forward_cpu
 from tritonspeed.kernels.cross_entropy_rows import (
     VECTOR_BYTES,
+    CrossEntropyOptions,
     Rows,
     empty_gradient,
     find_row,
@@ -61,15 +63,6 @@ from tritonspeed.kernels.tuned import Tunable, dtype_name, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class CrossEntropyOptions(NamedTuple):
-    """What shapes the loss of a row, in the operators' order; softcap 0 is none."""
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0
 
 
 def cross_entropy_reference(
@@ -333,16 +326,19 @@ register(
     " -> (Tensor loss, Tensor statistics, Tensor scale)",
     _forward,
     _forward_shapes,
+    forward_cpu,
 )
 register(
     f"cross_entropy_backward(Tensor g, Tensor logits, {_SAVED}, {_OPTIONS}) -> Tensor",
     _backward,
     lambda g, logits, *_: empty_gradient(logits),
+    backward_cpu,
 )
 register(
     f"cross_entropy_backward_(Tensor g, Tensor(a!) logits, {_SAVED}, {_OPTIONS}) -> ()",
     _backward_,
     lambda *_: None,
+    backward_cpu_,
 )
 
 

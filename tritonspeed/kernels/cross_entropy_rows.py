@@ -25,6 +25,15 @@ REDUCE_ROWS = 4096  # losses a step of the one program that adds them up: 8192 r
 SPREAD = 1.25  # a gradient keeps its logits' strides while that costs at most a quarter more memory
 
 
+class CrossEntropyOptions(NamedTuple):
+    """What shapes the loss of a row, in the operators' order; softcap 0 is none."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+
+
 class Rows(NamedTuple):
     """Row r of a tensor starts (r // rows_per_batch) · batch_stride + (r % rows_per_batch) · row_stride elements in."""
 

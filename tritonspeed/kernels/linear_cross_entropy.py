@@ -39,14 +39,14 @@ from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import check_device, takes_reference
 from tritonspeed.kernels.cross_entropy import (
     DTYPES,
-    CrossEntropyOptions,
     check_options,
     check_target,
     cross_entropy_reference,
     launch_cross_entropy_forward,
     launch_cross_entropy_in_place_,
 )
-from tritonspeed.kernels.cross_entropy_rows import VECTOR_BYTES, launch_reduce
+from tritonspeed.kernels.cross_entropy_cpu import reduced, row_gradients, row_losses
+from tritonspeed.kernels.cross_entropy_rows import VECTOR_BYTES, CrossEntropyOptions, launch_reduce
 from tritonspeed.kernels.scale_gradient import scale_gradient
 
 TOKENS_WITH_WEIGHT_GRADIENT = 4096
@@ -94,44 +94,15 @@ def chunk_tokens(num_tokens: int, hidden_size: int, num_chunks: int | None, make
     return min(num_tokens, tokens)
 
 
-def _losses_in_torch_(logits: Tensor, target: Tensor, g: Tensor | None, options: CrossEntropyOptions) -> Tensor:
-    """What ``launch_cross_entropy_in_place_`` does, for CPU tensors: losses, and the gradient over the logits."""
-    n = logits.shape[-1]
-    is_ignored = target == options.ignore_index
-    classes = target.masked_fill(is_ignored, 0).long().unsqueeze(1)
-    x = logits.to(_accumulator(logits))
-    slope = None
-    if options.softcap:
-        shares = (x / options.softcap).tanh_()
-        x, slope = shares * options.softcap, 1 - shares.square()
-    lse, x_y, epsilon = x.logsumexp(1), x.gather(1, classes).squeeze(1), options.label_smoothing
-    losses = lse - x_y
-    if epsilon:
-        losses = (1 - epsilon) * losses + epsilon * (lse - x.mean(1))
-    losses = (losses + options.z_loss * lse.square()).masked_fill_(is_ignored, 0)
-    dx = (x - lse.unsqueeze(1)).exp_().mul_((1 + 2 * options.z_loss * lse).unsqueeze(1))
-    dx.sub_(epsilon / n).scatter_add_(1, classes, dx.new_full(classes.shape, epsilon - 1))
-    if slope is not None:
-        dx.mul_(slope)
-    if g is not None:
-        dx.mul_(g.unsqueeze(1))
-    logits.copy_(dx.masked_fill_(is_ignored.unsqueeze(1), 0))
-    return losses
-
-
-def _check_classes(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
-    if wrong.numel():
-        raise IndexError(f"linear_cross_entropy: target {int(wrong[0])} is out of bounds of {num_classes} classes")
-
-
 def _losses_(
     logits: Tensor, target: Tensor, g: Tensor | None, options: CrossEntropyOptions, makes_gradient: bool
 ) -> Tensor:
     """Losses of a chunk and, if wanted, the gradient over its logits."""
     if takes_reference(logits):
-        _check_classes(target, logits.shape[-1], options.ignore_index)
-        return _losses_in_torch_(logits, target, g, options)
+        losses, statistics = row_losses(logits, target, options)
+        if makes_gradient:
+            logits.copy_(row_gradients(logits, target, statistics, g, options))
+        return losses
     if not makes_gradient:
         return launch_cross_entropy_forward(logits, target, "none", options)[0]
     losses = torch.empty_like(target, dtype=_accumulator(logits))
@@ -231,10 +202,8 @@ def _run(
         if reduction == "none":
             loss = made.losses.view(target.shape)
         elif takes_reference(hidden):
-            loss = made.losses.sum()
-            if reduction == "mean":
-                count = (classes != at.ignore_index).sum()
-                loss, scale = loss / count, 1 / count.clamp(min=1).to(loss.dtype)
+            loss, found = reduced(made.losses, classes, reduction, at.ignore_index)
+            scale = found if found.numel() else scale
         else:
             loss = torch.empty_like(scale)
             launch_reduce(made.losses, classes, loss, scale if reduction == "mean" else None, at.ignore_index)

@@ -4,11 +4,11 @@ import torch
 
 from builds import Build
 from tritonspeed.kernels.cross_entropy import (
-    CrossEntropyOptions,
     launch_cross_entropy_backward,
     launch_cross_entropy_forward,
     launch_cross_entropy_in_place_,
 )
+from tritonspeed.kernels.cross_entropy_rows import CrossEntropyOptions
 
 PLAIN, FULL = CrossEntropyOptions(), CrossEntropyOptions(-100, 0.1, 1e-4, 30.0)
 
