@@ -20,6 +20,7 @@ from tritonspeed.kernels.layer_norm import layer_norm_reference
 from tritonspeed.kernels.nn import LayerNorm
 from tritonspeed.kernels.norm_gradients import NORM_BACKWARD, NormBackwardLaunch
 from tritonspeed.kernels.norm_rows import NORM_FORWARD, NormForwardLaunch, dropout_reference
+from tritonspeed.kernels.rms_norm import rms_norm_reference
 
 
 def torchs(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -358,3 +359,28 @@ def test_errors_name_what_does_not_fit(arguments: dict[str, Any], says: str) -> 
 def test_a_scalar_has_no_rows() -> None:
     with pytest.raises(ValueError, match="x has no axis"):
         layer_norm(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+def test_the_backward_operator_alone(centred: bool, residual: bool, device: torch.device) -> None:
+    """Called by itself, as the tuner does: on a CPU in PyTorch, which must be what the kernel is."""
+    shape = (3, 4, 21)
+    inputs = random_inputs(shape, torch.float32, device, *(("residual",) if residual else ()), "weight", "bias")
+    reference, offset = (layer_norm_reference, 0.0) if centred else (partial(rms_norm_reference, offset=1.0), 1.0)
+    if not centred:
+        del inputs["bias"]
+    options, grads = {"dropout_p": 0.3, "seed": 6, "eps": 1e-5}, random_grads(shape, device, 1 + residual)
+    found = results(reference, inputs, grads, **options)
+    z = found.pop(1) if residual else inputs["x"]
+    normal = z if residual else dropout_reference(z, 0.3, 6)
+    mean = normal.mean(-1).flatten() if centred else normal.new_empty(0)
+    rstd = (normal.var(-1, correction=0) if centred else normal.square().mean(-1)).add(1e-5).rsqrt().flatten()
+    dx, dresidual, dweight, dbias = torch.ops.tritonspeed.norm_backward(
+        grads[0], grads[1] if residual else None, z, inputs["weight"], inputs.get("bias"),
+        torch.tensor(6, device=device), mean, rstd, centred, 1e-5, offset, 0.3, torch.float32,
+        torch.float32 if residual else None, True, residual,
+    )  # fmt: skip
+    got = [dx, *([dresidual] if residual else []), dweight, *([dbias] if centred else [])]
+    for a, b in zip(got, found[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -43,6 +43,35 @@ def _backward(
     return dx, dresidual, dweight, dbias
 
 
+def _backward_cpu(
+    dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    mean: Tensor, rstd: Tensor, centred: bool, eps: float, offset: float, dropout_p: float, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``norm_gradients`` in PyTorch, for who calls the op itself: autograd on a CPU takes the reference."""
+    wanted = Wanted(*options)
+    g, x_hat = dy.to(rstd.dtype), z.to(rstd.dtype)
+    if seed is not None and not wanted.has_residual:
+        x_hat = dropout_reference(x_hat, dropout_p, seed)
+    column = (*z.shape[:-1], 1)
+    x_hat = (x_hat - mean.view(column)) * rstd.view(column) if centred else x_hat * rstd.view(column)
+    h = g if weight is None else g * (weight.to(g.dtype) + offset)
+    grad = h - x_hat * (h * x_hat).mean(-1, keepdim=True)
+    grad = (grad - h.mean(-1, keepdim=True) if centred else grad) * rstd.view(column)
+    if dz is not None:
+        grad = grad + dz
+    before = grad if seed is None else dropout_reference(grad, dropout_p, seed)
+    sums = [part.flatten(0, -2).sum(0) for part in (g * x_hat, g)]
+    dweight, dbias = (
+        None if w is None or not wanted.parameters else total.to(w.dtype)
+        for w, total in zip((weight, bias), sums, strict=True)
+    )
+    dx, dresidual = (
+        None if dtype is None else part.to(dtype, copy=True)
+        for dtype, part in ((wanted.dx, before), (wanted.dresidual, grad))
+    )
+    return _or_empty(dx, z), _or_empty(dresidual, z), _or_empty(dweight, z), _or_empty(dbias, z)
+
+
 def _backward_shapes(
     dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
     mean: Tensor, rstd: Tensor, centred: bool, eps: float, offset: float, dropout_p: float,
@@ -77,6 +106,7 @@ register(
     " bool parameters, bool has_residual) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _backward,
     _backward_shapes,
+    _backward_cpu,
 )
 
 

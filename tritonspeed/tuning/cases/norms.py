@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm of a model's width, plain and with the residual added; an odd width; widths beyond any model."""
+"""LayerNorm and RMSNorm of a model's width, plain and with a residual; an odd width; widths beyond any model's."""
 
 from typing import Any
 
