@@ -151,14 +151,14 @@ def give_gradients(params: list[nn.Parameter], seed: int) -> None:
         param.grad = torch.randn(param.shape, generator=generator).to(param)
 
 
-def pair(device: torch.device, dtype: torch.dtype, **options: Any) -> tuple[AdamW, AdamW]:
+def pair(device: torch.device, dtype: torch.dtype, state: str = "fp32", **options: Any) -> tuple[AdamW, AdamW]:
     """Two optimizers of the same parameters in two groups: by tables, and one by one."""
 
     def groups() -> list[dict[str, Any]]:
         params = parameters(device, dtype)
         return [{"params": params[:3], "weight_decay": 0.0}, {"params": params[3:], "lr": 3e-2, "betas": (0.8, 0.99)}]
 
-    shared = {"lr": 1e-2, "weight_decay": 0.1, "stochastic_rounding": True, "rounding_seed": 2**50}
+    shared = {"lr": 1e-2, "weight_decay": 0.1, "stochastic_rounding": True, "rounding_seed": 2**50, "state": state}
     return AdamW(groups(), **shared, **options), OneByOne(groups(), **shared)
 
 
@@ -199,10 +199,13 @@ CHANGES: dict[str, Callable[[list[nn.Parameter]], None]] = {
 }
 
 
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_between_steps_is_noticed(device: torch.device, dtype: torch.dtype, change: str) -> None:
-    both = pair(device, dtype)
+def test_what_changes_between_steps_is_noticed(
+    device: torch.device, dtype: torch.dtype, change: str, state: str
+) -> None:
+    both = pair(device, dtype, state=state)
     for step in range(4):
         for optimizer in both:
             give_gradients(all_params(optimizer), step)

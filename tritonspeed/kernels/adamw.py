@@ -8,8 +8,8 @@
     out ← round(p)                             nearest even, or stochastic; the λ · p term only when decoupled
 
 Shapes   p, m, v, g, out: (n,)   s, found_inf: ()
-Types    p, m, v fp32; g fp32, bf16 or fp16; out bf16 or fp16
-Bytes    n · (24 + itemsize(g) + itemsize(out)): 28 n with a 16-bit gradient and copy
+Types    p fp32; m, v fp32, or both bf16; g fp32, bf16 or fp16; out bf16 or fp16
+Bytes    n · (24 + itemsize(g) + itemsize(out)): 28 n with a 16-bit gradient and copy; 8 n less with bf16 moments
 Flops    15 n
 Source   Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101
 Roof     GPU: not measured yet. CPU (2 cores of an AMD EPYC): the table in ``flat_update.py``
@@ -34,10 +34,17 @@ from tritonspeed.kernels.flat_update import (
     FlatTensors,
     check_betas,
     check_flat,
+    check_rounding,
     update_on_cpu_,
     write_copy_,
 )
-from tritonspeed.kernels.rounding import load_fp32, round_nearest, round_stochastic, store
+from tritonspeed.kernels.rounding import (
+    load_fp32,
+    round_nearest,
+    round_stochastic,
+    round_stochastic_reference,
+    store,
+)
 from tritonspeed.kernels.tuned import Tunable
 
 CPU_LANE_ELEMS = 64  # torch's loop is vectorised in steps of at most this many; its scalar rest rounds differently
@@ -60,6 +67,7 @@ class AdamWStep:
     bias_correction: bool
     seed: int | None
     first_element: int
+    state_seed: int | None = None
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -89,6 +97,7 @@ def adamw_reference(
     found_inf: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
     first_element: int = 0,
+    state_rounding_seed: int | None = None,
 ) -> None:
     """The maths above in PyTorch, in place, in master's own dtype: what kernels and the CPU form must equal."""
     if found_inf is not None and found_inf.item() != 0:
@@ -102,17 +111,20 @@ def adamw_reference(
         g = g * grad_scale
     if not decoupled:
         g = g + weight_decay * master
-    exp_avg.copy_(beta1 * exp_avg + one_minus_beta1 * g)
-    exp_avg_sq.copy_(beta2 * exp_avg_sq + one_minus_beta2 * g * g)
-    update = step_size * (exp_avg / (exp_avg_sq.sqrt() * inverse_root_c2 + eps))
+    m = beta1 * exp_avg.to(master.dtype) + one_minus_beta1 * g
+    v = beta2 * exp_avg_sq.to(master.dtype) + one_minus_beta2 * g * g
+    exp_avg.copy_(m)
+    is_random = state_rounding_seed is not None and exp_avg_sq.dtype == torch.bfloat16
+    exp_avg_sq.copy_(round_stochastic_reference(v, state_rounding_seed, first_element) if is_random else v)
+    update = step_size * (m / (v.sqrt() * inverse_root_c2 + eps))
     master.sub_(decay * master + update if decoupled else update)
     write_copy_(param_out, master, stochastic_rounding_seed, first_element)
 
 
 @triton.jit
 def _adamw_tile(
-    master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale, offsets, inside, seed, first_element,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
+    master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale, offsets, inside, seed, state_seed,
+    first_element, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
     DECOUPLED: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     p = load_fp32(master_ptr + offsets, inside)  # [BLOCK], as all below
@@ -129,8 +141,11 @@ def _adamw_tile(
     if DECOUPLED:
         update = decay * p + update
     p = p - update
-    store(exp_avg_ptr + offsets, m, inside)
-    store(exp_avg_sq_ptr + offsets, v, inside)
+    store(exp_avg_ptr + offsets, round_nearest(m, exp_avg_ptr.dtype.element_ty, INTERPRET), inside)
+    if state_seed is None:
+        store(exp_avg_sq_ptr + offsets, v, inside)
+    else:
+        store(exp_avg_sq_ptr + offsets, round_stochastic(v, first_element, state_seed, BLOCK), inside)
     store(master_ptr + offsets, p, inside)
     if out_ptr is not None:
         if seed is None:
@@ -140,10 +155,10 @@ def _adamw_tile(
         store(out_ptr + offsets, out, inside)
 
 
-@triton.jit(do_not_specialize=["n", "seed", "first_element"])
+@triton.jit(do_not_specialize=["n", "seed", "state_seed", "first_element"])
 def _adamw_kernel(
-    master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale_ptr, found_inf_ptr, n, seed, first_element,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
+    master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale_ptr, found_inf_ptr, n, seed, state_seed,
+    first_element, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
     DECOUPLED: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # noqa: SIM102 — this test is the compiler's, the next one the GPU's
@@ -170,14 +185,14 @@ def _adamw_kernel(
     if start + BLOCK <= n:
         _adamw_tile(
             master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale, offsets, None, seed,
-            first_element + start,
+            state_seed, first_element + start,
             beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
             DECOUPLED, BLOCK, INTERPRET,
         )  # fmt: skip
     else:
         _adamw_tile(
             master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, out_ptr, scale, offsets, offsets < n - start, seed,
-            first_element + start,
+            state_seed, first_element + start,
             beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
             DECOUPLED, BLOCK, INTERPRET,
         )  # fmt: skip
@@ -204,8 +219,9 @@ def launch_adamw_(
         how = ADAMW.resolve(card_of(master))
         launch(
             _adamw_kernel, (triton.cdiv(n, how.block),),
-            master, exp_avg, exp_avg_sq, grad, param_out, grad_scale, found_inf, n, at.seed, at.first_element,
-            *at.coefficients, DECOUPLED=at.decoupled, BLOCK=how.block, INTERPRET=INTERPRETED, num_warps=how.num_warps,
+            master, exp_avg, exp_avg_sq, grad, param_out, grad_scale, found_inf, n, at.seed, at.state_seed,
+            at.first_element, *at.coefficients, DECOUPLED=at.decoupled, BLOCK=how.block, INTERPRET=INTERPRETED,
+            num_warps=how.num_warps,
         )  # fmt: skip
 
 
@@ -232,6 +248,16 @@ def _torch_step_(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tens
             rest.copy_(updated[: rest.numel()])
 
 
+def _chunk_step_(start: int, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, at: AdamWStep) -> None:
+    if at.state_seed is None:
+        _torch_step_(master, exp_avg, exp_avg_sq, grad, at)
+        return
+    m, v = exp_avg.float(), exp_avg_sq.float()
+    _torch_step_(master, m, v, grad, at)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(round_stochastic_reference(v, at.state_seed, at.first_element + start))
+
+
 def _adamw_shapes_(*_arguments: object) -> None:
     """The op on tensors without data: it returns nothing and changes no shape."""
 
@@ -244,13 +270,14 @@ def _on_cpu_(*arguments: Any) -> None:
     master, exp_avg, exp_avg_sq, *rest = arguments[:7]
     at = AdamWStep(*arguments[7:])
     tensors = FlatTensors(master, (exp_avg, exp_avg_sq), *rest)
-    update_on_cpu_(tensors, lambda *chunk: _torch_step_(*chunk, at=at), at.seed, at.first_element)
+    update_on_cpu_(tensors, lambda *chunk: _chunk_step_(*chunk, at=at), at.seed, at.first_element)
 
 
 register(
     "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor? grad_scale,"
     " Tensor(d!)? param_out, Tensor? found_inf, SymInt step, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, bool decoupled, bool bias_correction, SymInt? seed, SymInt first_element) -> ()",
+    " float weight_decay, bool decoupled, bool bias_correction, SymInt? seed, SymInt first_element,"
+    " SymInt? state_seed=None) -> ()",
     _launched_,
     _adamw_shapes_,
     _on_cpu_,
@@ -275,13 +302,14 @@ def adamw_(
     found_inf: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
     first_element: int = 0,
+    state_rounding_seed: int | None = None,
 ) -> None:
     """One optimizer step of a flat chunk, in place. Cut a buffer into chunks anywhere: the numbers stay the same.
 
     Args:
         master: (n,) fp32, contiguous: the weights.
-        exp_avg: (n,) fp32: first moment.
-        exp_avg_sq: (n,) fp32: second moment.
+        exp_avg: (n,) fp32 or bf16: first moment.
+        exp_avg_sq: (n,) of the same type: second moment.
         grad: (n,) fp32, bf16 or fp16; not changed.
         step: number of this step, from 1.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
@@ -292,16 +320,20 @@ def adamw_(
         found_inf: one fp32 element; anything but 0 leaves every tensor untouched.
         stochastic_rounding_seed: 0 ≤ seed < 2⁶³ rounds param_out (bf16) at random, unbiased; take a new one each step.
         first_element: index of master[0] in the whole buffer, a multiple of 4: the random bits follow it.
+        state_rounding_seed: 0 ≤ seed < 2⁶³, for bf16 moments: exp_avg_sq is rounded at random; a new one each step.
 
     Raises:
         ValueError: types, devices or sizes that do not fit, or coefficients out of range.
     """
     tensors = FlatTensors(master, (exp_avg, exp_avg_sq), grad, grad_scale, param_out, found_inf)
-    check_flat("adamw_", tensors, ("exp_avg", "exp_avg_sq"), (stochastic_rounding_seed, first_element))
+    rounding = stochastic_rounding_seed, first_element
+    state_dtype = torch.float32 if state_rounding_seed is None else torch.bfloat16
+    check_flat("adamw_", tensors, ("exp_avg", "exp_avg_sq"), rounding, state_dtype)
+    check_rounding("adamw_", exp_avg_sq, state_rounding_seed, first_element)
     check_betas("adamw_", betas)
     if step < 1:
         raise ValueError(f"adamw_: step is {step}, must be at least 1: count the step before the call")
     torch.ops.tritonspeed.adamw_(
         master, exp_avg, exp_avg_sq, grad, grad_scale, param_out, found_inf, step, lr, *betas, eps, weight_decay,
-        decoupled, bias_correction, stochastic_rounding_seed, first_element,
+        decoupled, bias_correction, stochastic_rounding_seed, first_element, state_rounding_seed,
     )  # fmt: skip

@@ -62,13 +62,20 @@ class FlatTensors:
     found_inf: Tensor | None
 
 
-def check_flat(operation: str, tensors: FlatTensors, names: Sequence[str], rounding: tuple[int | None, int]) -> None:
+def check_flat(
+    operation: str,
+    tensors: FlatTensors,
+    names: Sequence[str],
+    rounding: tuple[int | None, int],
+    state_dtype: torch.dtype = torch.float32,
+) -> None:
     """Refuse what a kernel would read wrongly.
 
     Args:
         operation: the public function's name, for the messages.
         names: of the states.
         rounding: (seed of stochastic rounding or None, first element).
+        state_dtype: of the states.
 
     Raises:
         ValueError: types, devices or sizes that do not fit, or a seed without a bf16 ``param_out``.
@@ -78,7 +85,7 @@ def check_flat(operation: str, tensors: FlatTensors, names: Sequence[str], round
     fp32 = (torch.float32,)
     check_tensor(operation, "master", master, fp32, master)
     for name, state in zip(names, tensors.states, strict=True):
-        check_tensor(operation, name, state, fp32, master)
+        check_tensor(operation, name, state, (state_dtype,), master)
     check_tensor(operation, "grad", tensors.grad, GRAD_DTYPES, master)
     for name, scalar in (("grad_scale", tensors.grad_scale), ("found_inf", tensors.found_inf)):
         if scalar is not None:
@@ -147,7 +154,7 @@ def update_on_cpu_(tensors: FlatTensors, update_: Callable[..., None], seed: int
     """Chunk by chunk: the gradient to fp32 and scaled, the update, the rounded copy.
 
     Args:
-        update_: (master, *states, fp32 gradient) of a chunk, in place; the gradient is not to be written.
+        update_: (start, master, *states, fp32 gradient) of a chunk, in place; the gradient is not to be written.
         seed, first_element: of stochastic rounding, as in ``round_stochastic_reference``; None rounds to nearest.
     """
     if tensors.found_inf is not None and tensors.found_inf.item() != 0:
@@ -164,7 +171,7 @@ def update_on_cpu_(tensors: FlatTensors, update_: Callable[..., None], seed: int
             g = scratch[: p.numel()].copy_(g)
         if tensors.grad_scale is not None:
             g = torch.mul(g, tensors.grad_scale, out=scratch[: p.numel()])
-        update_(p, *(state[chunk] for state in tensors.states), g)
+        update_(start, p, *(state[chunk] for state in tensors.states), g)
         if out is not None:
             out[chunk].copy_(p if seed is None else round_stochastic_reference(p, seed, first_element + start))
 

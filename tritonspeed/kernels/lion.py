@@ -181,7 +181,7 @@ def _launched_(*arguments: Any) -> None:
 
 def _on_cpu_(*arguments: Any) -> None:
     tensors, at = _split(arguments)
-    update_on_cpu_(tensors, lambda *chunk: _lion_chunk_(*chunk, at=at), at.seed, at.first_element)
+    update_on_cpu_(tensors, lambda _, *chunk: _lion_chunk_(*chunk, at=at), at.seed, at.first_element)
 
 
 def _lion_shapes_(*_arguments: object) -> None:

@@ -33,6 +33,7 @@ ROW_WORDS = 8  # int64 words of a row: nine fp32 in words 0 to 4, then seed and 
 SEED_WORD, STEP_WORD = 5, 6
 _NUM_FIXED = 7
 PLACE_STEP = 0x9E3779B97F4A7C15  # 2⁶⁴ over the golden ratio: neighbouring places land far apart
+STATE_PLACES = 2**40  # more than there are tensors
 _MIX = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
 _WORD = 0xFFFFFFFFFFFFFFFF
 
@@ -43,6 +44,11 @@ def mixed_seed(seed: int, place: int, step: int) -> int:
     for multiplier in _MIX:
         x = ((x ^ (x >> 33)) * multiplier) & _WORD
     return (x ^ (x >> 33)) >> 1
+
+
+def mixed_state_seed(seed: int, place: int, step: int) -> int:
+    """Another seed than ``mixed_seed``'s, for the states of the same tensor and step."""
+    return mixed_seed(seed, place + STATE_PLACES, step)
 
 
 def _signed(x: int) -> int:
@@ -64,7 +70,7 @@ def _mixed_seed(seed, place, step):
 def _multi_tensor_adamw_kernel(
     fixed_ptr, chunks_ptr, moving_ptr, rows_ptr, scale_ptr, found_inf_ptr, num_tensors, num_chunks, num_rows,
     STATE: tl.constexpr, GRAD: tl.constexpr, OUT: tl.constexpr, DECOUPLED: tl.constexpr, RANDOM: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    STATE_PLACE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # noqa: SIM102 — this test is the compiler's, the next one the GPU's
         if tl.load(found_inf_ptr) != 0.0:
@@ -88,9 +94,13 @@ def _multi_tensor_adamw_kernel(
     beta1, one_minus_beta1, beta2, one_minus_beta2 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     eps, weight_decay, decay = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
     step_size, inverse_root_c2 = tl.load(at + 7), tl.load(at + 8)
+    given_seed, step = tl.load(moving_ptr + row * 8 + 5), tl.load(moving_ptr + row * 8 + 6)
     seed = None
     if RANDOM:
-        seed = _mixed_seed(tl.load(moving_ptr + row * 8 + 5), place, tl.load(moving_ptr + row * 8 + 6))
+        seed = _mixed_seed(given_seed, place, step)
+    state_seed = None
+    if STATE_PLACE is not None:  # bf16 moments
+        state_seed = _mixed_seed(given_seed, place + STATE_PLACE, step)
 
     master_ptr = (master + start * 4).to(tl.pointer_type(tl.float32))
     exp_avg_ptr = (exp_avg + start * (STATE.primitive_bitwidth // 8)).to(tl.pointer_type(STATE))
@@ -114,7 +124,7 @@ def _multi_tensor_adamw_kernel(
         _adamw_tile(
             tl.multiple_of(master_ptr, 16) + first, tl.multiple_of(exp_avg_ptr, 16) + first,
             tl.multiple_of(exp_avg_sq_ptr, 16) + first, tl.multiple_of(grad_ptr, 16) + first, wide_out_ptr,
-            scale, offsets, None, seed, start + first,
+            scale, offsets, None, seed, state_seed, start + first,
             beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
             DECOUPLED, BLOCK, INTERPRET,
         )  # fmt: skip
@@ -125,7 +135,7 @@ def _multi_tensor_adamw_kernel(
             tail_out_ptr = out_ptr + first
         _adamw_tile(
             master_ptr + first, exp_avg_ptr + first, exp_avg_sq_ptr + first, grad_ptr + first, tail_out_ptr,
-            scale, offsets, offsets < here - first, seed, start + first,
+            scale, offsets, offsets < here - first, seed, state_seed, start + first,
             beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_root_c2,
             DECOUPLED, BLOCK, INTERPRET,
         )  # fmt: skip
@@ -175,7 +185,7 @@ class TensorColumns:
 
     Attributes:
         masters: fp32, contiguous, on one device.
-        exp_avgs, exp_avg_sqs: fp32, with as many elements.
+        exp_avgs, exp_avg_sqs: fp32 or all bf16, with as many elements.
         outs: bf16 or fp16 tensors that receive the rounded weights; None where the masters are the weights.
         rows: which row of scalars each takes: 0 to R − 1.
         places: numbers that stochastic rounding tells tensors apart by.
@@ -210,7 +220,9 @@ class MultiTensorAdamW:
         self.launch = MULTI_TENSOR_ADAMW.resolve(card_of(first))
         out_type = None if columns.outs is None else _type(columns.outs[0].dtype)
         self._types = {"STATE": _type(columns.exp_avgs[0].dtype), "GRAD": _type(grad_dtype), "OUT": out_type}
-        self._flags = {"DECOUPLED": decoupled, "RANDOM": stochastic_rounding}
+        self._flags: dict[str, Any] = {"DECOUPLED": decoupled, "RANDOM": stochastic_rounding}
+        is_bf16 = columns.exp_avgs[0].dtype == torch.bfloat16
+        self._flags["STATE_PLACE"] = _signed(STATE_PLACES * PLACE_STEP) if is_bf16 else None
         self._fixed = torch.from_numpy(_fixed_words(columns)).to(self.device)
         self._chunks = torch.from_numpy(chunks_of([t.numel() for t in columns.masters], self.launch.chunk))
         self._chunks = self._chunks.to(self.device)

@@ -53,7 +53,7 @@ class Adagrad(ElementwiseOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+    def _new_state(self, group: dict[str, Any], param: Tensor, first_element: int) -> dict[str, Tensor]:
         value = float(group["initial_accumulator_value"])
         return {"sum": torch.full(param.shape, value, dtype=torch.float32, device=param.device)}
 

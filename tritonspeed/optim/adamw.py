@@ -1,19 +1,22 @@
-"""AdamW as a ``torch.optim.Optimizer``: one fused pass per tensor, masters and moments in fp32 throughout.
+"""AdamW as a ``torch.optim.Optimizer``: one fused pass per tensor, masters in fp32, moments in fp32 or in fewer bits.
 
 Its states are ``exp_avg`` and ``exp_avg_sq``; the rest is in ``elementwise.py``.
 Source   Loshchilov & Hutter 2019, arXiv:1711.05101; the maths stands in ``kernels/adamw.py``
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tritonspeed.kernels import adamw_
 from tritonspeed.kernels._triton import takes_reference
+from tritonspeed.kernels.multi_tensor import mixed_state_seed
 from tritonspeed.optim.elementwise import ElementwiseOptimizer, Pass
 from tritonspeed.optim.plan import StepPlan, WatchedState
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class AdamW(ElementwiseOptimizer):
@@ -26,6 +29,8 @@ class AdamW(ElementwiseOptimizer):
         bias_correction: False takes the moments as they are.
         stochastic_rounding: round bf16 copies at random and unbiased instead of to nearest.
         rounding_seed: 0 ≤ seed < 2⁶³. The same on every rank, or replicas of a parameter drift apart.
+        state: how the moments are kept. "bf16" halves them: rounded once a step, the second one at random and unbiased,
+            by ``rounding_seed`` too.
         owns_gradients: on a GPU, keep all gradients in one buffer: ``zero_grad`` clears it instead of setting them to
             None, and a step need not look for them: a sixth of the host's time, by the figures in ``plan.py``.
         capturable: on a GPU, let a CUDA graph hold the step: counts and scalars are worked out on the device, and every
@@ -57,6 +62,7 @@ class AdamW(ElementwiseOptimizer):
         bias_correction: bool = True,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
+        state: Literal["fp32", "bf16"] = "fp32",
         owns_gradients: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -69,6 +75,7 @@ class AdamW(ElementwiseOptimizer):
             "bias_correction": bias_correction,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
+            "state": state,
         }
         self._plan: StepPlan | None = None
         if capturable and not owns_gradients:
@@ -113,6 +120,25 @@ class AdamW(ElementwiseOptimizer):
             self._step_param_(param, param.grad)
         self._plan.step_()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; each of its values overrides the constructor's.
+
+        Raises:
+            ValueError: a coefficient out of range, or a parameter of another type.
+        """
+        super().add_param_group(param_group)
+        if self.param_groups[-1]["state"] not in STATE_DTYPES:
+            given = self.param_groups.pop()["state"]
+            raise ValueError(f"AdamW: state is {given!r}, must be one of {', '.join(STATE_DTYPES)}")
+
+    def _new_state(self, group: dict[str, Any], param: Tensor, first_element: int) -> dict[str, Tensor]:
+        kind = STATE_DTYPES[group["state"]]
+        return {name: torch.zeros(param.shape, dtype=kind, device=param.device) for name in self.STATES}
+
+    def _loaded(self, name: str, value: Tensor, param: Tensor) -> Tensor:
+        group = self.param_groups[self._place_of(param)[0]]
+        return value.to(torch.float32 if name == "master" else STATE_DTYPES[group["state"]])
+
     def _run_(self, group: dict[str, Any], at: Pass) -> None:
         adamw_(
             at.master,
@@ -130,4 +156,11 @@ class AdamW(ElementwiseOptimizer):
             param_out=at.param_out,
             stochastic_rounding_seed=at.seed,
             first_element=at.first_element,
+            state_rounding_seed=_state_seed(group, at),
         )
+
+
+def _state_seed(group: dict[str, Any], at: Pass) -> int | None:
+    if at.state["exp_avg_sq"].dtype == torch.float32:
+        return None
+    return mixed_state_seed(group["rounding_seed"], at.place, at.step)

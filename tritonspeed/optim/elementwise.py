@@ -39,6 +39,7 @@ class Pass:
         param_out: (n,) bf16 or fp16 that receives the rounded weights, or None.
         seed: of stochastic rounding of ``param_out``, another one for every step and place; None rounds to nearest.
         first_element: index of master[0] in the unsharded buffer.
+        place: number of that buffer, or of the parameter.
     """
 
     master: Tensor
@@ -49,6 +50,7 @@ class Pass:
     param_out: Tensor | None
     seed: int | None
     first_element: int
+    place: int = 0
 
     def flat(self, name: str) -> Tensor:
         """A state tensor as (n,)."""
@@ -137,7 +139,7 @@ class ElementwiseOptimizer(Optimizer):
         Raises:
             ValueError: types or sizes that do not fit, or a param that this optimizer does not hold.
         """
-        state = self._state_of(param)
+        state = self._state_of(param, first_element)
         self._update_(param, param, grad, state, grad_scale, param_out, first_element, place)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,7 +161,7 @@ class ElementwiseOptimizer(Optimizer):
         """Update one flat run of elements in place."""
         raise NotImplementedError(f"{type(self).__name__} has no _run_")
 
-    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+    def _new_state(self, group: dict[str, Any], param: Tensor, first_element: int) -> dict[str, Tensor]:
         """What a parameter has before its first step, besides the step count and the master."""
         return {name: torch.zeros(param.shape, dtype=torch.float32, device=param.device) for name in self.STATES}
 
@@ -188,12 +190,12 @@ class ElementwiseOptimizer(Optimizer):
                 " sparse=False in its embedding, or give the parameter to torch.optim.SparseAdam"
             )
 
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
+    def _state_of(self, param: Tensor, first_element: int = 0) -> dict[str, Any]:
         state = self.state[param]
         if not state:
             group = self.param_groups[self._place_of(param)[0]]
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            state.update(self._new_state(group, param))
+            state.update(self._new_state(group, param, first_element))
             if param.dtype in LOW_PRECISION:
                 state["master"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
         return state
@@ -229,4 +231,4 @@ class ElementwiseOptimizer(Optimizer):
         place = in_groups if place is None else place
         random = group.get("stochastic_rounding") and param_out is not None and param_out.dtype == torch.bfloat16
         seed = mixed_seed(group["rounding_seed"], place, step) if random else None
-        self._run_(group, Pass(master, grad, state, step, grad_scale, param_out, seed, first_element))
+        self._run_(group, Pass(master, grad, state, step, grad_scale, param_out, seed, first_element, place))

@@ -268,7 +268,7 @@ class StepPlan:
                 self.others.append(param)
             else:
                 state = states[param] = WatchedState(states[param], self.watch)
-                key = (param.device, param.dtype, *(group[flag] for flag in FLAGS))
+                key = (param.device, param.dtype, state["exp_avg"].dtype, *(group[flag] for flag in FLAGS))
                 members.setdefault(key, []).append((param, group, state, place))
         self.tables = [_Table(table, owns_gradients) for table in members.values()]
         self._steps = [self._share_steps([state for _, _, state, _ in table]) for table in members.values()]
@@ -355,5 +355,6 @@ def _fits_a_table(param: Tensor, state: dict[str, Any]) -> bool:
         and not grad.is_sparse
         and param.numel() > 0
         and all(t.is_contiguous() and t.device == param.device for t in (param, *kept))
-        and all(t.dtype == torch.float32 and t.numel() == param.numel() for t in kept)
+        and all(t.dtype in (torch.float32, torch.bfloat16) and t.numel() == param.numel() for t in kept)
+        and state["exp_avg"].dtype == state["exp_avg_sq"].dtype
     )
