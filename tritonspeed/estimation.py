@@ -4,6 +4,7 @@ Between two steps, for P elements of a bucket (padding included), N ranks, c = b
 
     parameters   c·P             stages 0-2; at stage 3 only what is frozen, c·P/N, and what persists, c·P
     optimizer    4·P/N + 8·P/N   stage 0: 12·P; the master, unless the compute dtype is the master's; AdamW's moments
+                                 (Muon: 4 where a matrix is, so ranks differ: the one with most is told of)
 
 From backward to the step it adds the gradients, 4·P/N (stage 0: 4·P; in the accumulate dtype). The peak adds what is on
 its way: at stage 3 the units that are whole, and at every stage one gradient that fills (c·P), one that travels, and
@@ -24,13 +25,16 @@ from typing import Any
 from torch import nn
 
 from tritonspeed.config import Config, ModelFacts, load
+from tritonspeed.optim.muon import NS_DTYPES, hidden_matrices
 from tritonspeed.precision import Policy
 from tritonspeed.zero.bucket import Ledger
+from tritonspeed.zero.layout import runs
 from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.order import Order
 from tritonspeed.zero.plan import BucketPlan, UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
 from tritonspeed.zero.stages import Stage, stage_of
+from tritonspeed.zero.whole import plan_rounds
 
 _MOMENTS = {"sgd": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "adadelta": 2, "asgd": 2, "rprop": 2}
 # state tensors per element; those not named have Adam's two
@@ -87,8 +91,8 @@ class _PaperBucket:
         self.owned = self.layout.slice_numel if self.stage.shards_optimizer else self.layout.numel
         self._kind, self._outbox_bytes, self._grad_bytes = "communication", 0, 0
 
-    def rest(self, num_moments: int) -> None:
-        """Enter what it holds between two steps."""
+    def rest(self, moment_elems: int) -> None:
+        """Enter what it holds between two steps; ``moment_elems`` of it are the optimizer's."""
         types, aliased = self.types, self.types.compute == self.types.master
         if not self.frees:
             self.ledger.add("parameters", self.whole_bytes)
@@ -97,7 +101,7 @@ class _PaperBucket:
         if self.trainable:
             if self.frees or not aliased:
                 self.ledger.add("parameters" if aliased else "optimizer", self.owned * types.master.itemsize)
-            self.ledger.add("optimizer", num_moments * self.owned * types.master.itemsize)
+            self.ledger.add("optimizer", moment_elems * types.master.itemsize)
 
     def receive(self, index: int, gradient: object, accumulating: bool) -> None:
         if self.outbox is None:
@@ -172,11 +176,14 @@ def estimate(model: nn.Module, config: Any, world_size: int) -> Estimate:
     for index, unit in enumerate(units):
         plans = plan_buckets(unit, world_size, policy, options.wire)
         groups.append(_PaperGroup(index, unit, [_PaperBucket(p, stage, ledger) for p in plans], ledger))
-    for group in groups:
-        for bucket in group.buckets:
-            bucket.rest(_num_moments(resolved))
+    if resolved.optimizer is not None and (resolved.optimizer.type or "").lower() == "muon":
+        rounds = _enter_muon(model, groups, world_size, (resolved.optimizer.params or {}).get("ns_dtype", "bf16"))
+    else:
+        rounds = []
+        for bucket in (bucket for group in groups for bucket in group.buckets):
+            bucket.rest(_num_moments(resolved) * bucket.owned)
     rest = dict(ledger.bytes_of)
-    _walk(groups, stage, options, int(resolved.gradient_accumulation_steps or 1))
+    _walk(groups, stage, options, int(resolved.gradient_accumulation_steps or 1), rounds)
     return Estimate(stage.number, world_size, sum(p.numel() for p in model.parameters()), rest, ledger.peak_of)
 
 
@@ -194,8 +201,36 @@ def _num_moments(config: Config) -> int:
     return _MOMENTS.get(name, 2)
 
 
-def _walk(groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_accumulated: int) -> None:
-    """Two iterations of forward and backward over the units, the first to learn their order; enters the peak."""
+def _enter_muon(model: nn.Module, groups: list[_PaperGroup], world: int, ns_dtype: str) -> list[int]:
+    """Enter what the buckets hold between two steps, on the rank with most state; the most that each round holds."""
+    hidden, buckets = hidden_matrices(model), departure_order(groups)
+    shards = any(bucket.owned != bucket.layout.numel for bucket in buckets)
+
+    def moments(bucket: _PaperBucket, rank: int) -> int:
+        lo, hi = bucket.layout.interval(rank) if shards else (0, bucket.layout.numel)
+        number = {s.name: 2 - hidden[id(p)] for s, p in zip(bucket.layout.spans, bucket.parameters, strict=True)}
+        return sum(num * (end - start) for num, start, end in runs(bucket.layout.spans, number, lo, hi))
+
+    fullest = max(range(world if shards else 1), key=lambda rank: sum(moments(bucket, rank) for bucket in buckets))
+    for bucket in (bucket for group in groups for bucket in group.buckets):
+        bucket.rest(moments(bucket, fullest) if bucket.trainable else 0)
+    spans = [
+        [(s, 0) for s, p in zip(b.layout.spans, b.parameters, strict=True) if s.numel and hidden[id(p)]]
+        for b in buckets
+    ]
+    rounds = plan_rounds(spans, [bucket.layout for bucket in buckets], world)
+    itemsize = NS_DTYPES[ns_dtype].itemsize
+    return [max(each.held_elems(rank, shards) for rank in range(world)) * itemsize for each in rounds]
+
+
+def _walk(
+    groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_accumulated: int, rounds: list[int]
+) -> None:
+    """Two iterations over the units, the first to learn their order; enters the peak.
+
+    Args:
+        rounds: bytes that each round of the optimizer's step holds, where it needs whole matrices.
+    """
     reducer = Reducer(departure_order(groups), options.overlap, options.reduce_bucket_size, stage.shards_gradients)
     reducer.num_accumulated = num_accumulated
     order = Order([g.num_elems for g in groups], options.limits)
@@ -242,5 +277,13 @@ def _walk(groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_ac
         reducer.finish_backward()
         for group in groups:
             group.reshard()
-            for bucket in group.buckets if micro_step % num_accumulated == 0 else ():
-                bucket.drop_grad()  # the step
+        if micro_step % num_accumulated == 0:
+            _step(groups, rounds)
+
+
+def _step(groups: list[_PaperGroup], rounds: list[int]) -> None:
+    for num_bytes in rounds:
+        groups[0].ledger.add("communication", num_bytes)
+        groups[0].ledger.add("communication", -num_bytes)
+    for bucket in (bucket for group in groups for bucket in group.buckets):
+        bucket.drop_grad()

@@ -183,3 +183,47 @@ def test_rounds_are_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.held_elems(1 - a.owner, True) == a.numel_in(1 - a.owner) + layouts[0].slice_numel
     assert first.held_elems(a.owner, True) == a.numel_in(a.owner) + 6000
     assert first.held_elems(0, False) == layouts[0].numel
+
+
+def by_name(kind: str, stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": kind, "params": {"lr": 0.05}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def wide_net() -> Net:
+    return Net(vocab=211, width=129, depth=4)
+
+
+def measure(kind: str, stage: int) -> tuple[dict[str, int], int, list[bool]]:
+    """Bytes between two steps, the most in one, and what went to Muon, of an engine that is built by name."""
+    engine, *_ = ts.initialize(model=wide_net(), config=by_name(kind, stage))
+    before = [p.detach().clone() for p in engine.module.parameters()] if stage < 3 else []
+    for step in range(3):
+        engine.backward(engine(*batch(dist.get_rank() if dist.is_initialized() else 0, step, vocab=211)))
+        engine.step()
+    assert all((p != was).any() for p, was in zip(engine.module.parameters(), before, strict=False))
+    peak = engine.last_step.peak_bytes
+    found = engine.memory(), peak, [getattr(p, "use_muon", False) for p in engine.module.parameters()]
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 3), (2, 2), (3, 3)])
+@pytest.mark.parametrize("kind", ["Lamb", "Muon"])
+def test_memory_is_what_the_estimate_says(ranks: Any, kind: str, stage: int, world: int) -> None:
+    net = wide_net()
+    want = ts.estimate(net, by_name(kind, stage), world)
+    by_rank = ranks(world, measure, kind, stage)
+    rest = {key: max(found[key] for found, _, _ in by_rank) for key in by_rank[0][0]}
+    assert rest == want.rest_bytes
+    assert max(peak for _, peak, _ in by_rank) == pytest.approx(want.total_peak_bytes, rel=0.03)
+    hidden = [name.startswith("blocks.") and p.ndim == 2 for name, p in net.named_parameters()]
+    hidden[-1] = True  # the head, which is not called lm_head
+    assert by_rank[0][2] == (hidden if kind == "Muon" else [False] * len(hidden))
+    assert not any(hasattr(p, "use_muon") for p in net.parameters())  # an estimate leaves no marks
+    adam = ts.estimate(net, by_name("AdamW", stage), world)
+    assert (want.rest_bytes["optimizer"] < adam.rest_bytes["optimizer"]) == (kind == "Muon")

@@ -2,7 +2,8 @@
 
 A table, so that `check` runs without importing torch; a test holds torch's rows to torch's own signatures.
 An optimizer is usable when its update of one element needs nothing but that element (and scalars): it then
-runs on any slice of a flat buffer. Lamb and Muon need more, and the slices meet for it. Names are matched without regard to case, as DeepSpeed does for its own.
+runs on any slice of a flat buffer. Lamb and Muon need more, and the slices meet for it. Names are matched without
+regard to case, as DeepSpeed does for its own.
 """
 
 import math
