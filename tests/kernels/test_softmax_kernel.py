@@ -104,6 +104,21 @@ def test_what_is_masked_has_no_influence(block: int | None, device: torch.device
         torch.testing.assert_close(got, want, **tolerance(torch.float32, k))
 
 
+@interpreted
+@pytest.mark.parametrize("k", [40, 43])
+@pytest.mark.parametrize("block", [64, 16])
+def test_the_backward_reads_no_group_that_is_hidden(block: int, k: int) -> None:
+    x, g = torch.randn(30, k), torch.randn(30, k)
+    y = softmax(x, causal=True)
+    first_hidden = torch.arange(30)[:, None] + (k - 30) + 1
+    behind = torch.arange(k) >= first_hidden + 4  # a group is 4 elements of fp32, read whole
+    with cut_into(block):
+        backward = torch.ops.tritonspeed.softmax_backward
+        want = backward(g, y, 1.0, True, False)
+        assert torch.equal(backward(g.masked_fill(behind, math.nan), y, 1.0, True, False), want)
+    assert behind.any()
+
+
 LAYOUTS = [
     (3, 1, 1, 9),
     (3, 1, 4, 9),

@@ -36,10 +36,9 @@ from tritonspeed.kernels._triton import (
     tl,
     triton,
 )
-from tritonspeed.kernels.rounding import load, store_rounded
+from tritonspeed.kernels.rounding import as_scalar, load, store_rounded
 from tritonspeed.kernels.softmax_rows import (
     SoftmaxLaunch,
-    as_scalar,
     check_mask,
     edge_columns,
     exp,

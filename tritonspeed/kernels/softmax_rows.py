@@ -28,12 +28,6 @@ def lowest(shape: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def as_scalar(x, dtype):
-    """A float argument in the type of computation: to Inductor and the interpreter it is fp64."""
-    return tl.cast(x, dtype)
-
-
-@triton.jit
 def span(row, N, query_len, V: tl.constexpr, ODD: tl.constexpr, CAUSAL: tl.constexpr):
     """Of rows: where the body begins, elements before it, elements in it, elements that are visible."""
     start = row * N
