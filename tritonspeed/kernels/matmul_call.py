@@ -56,6 +56,12 @@ def rows_of(x: Tensor, k: int) -> Tensor:
     return F.pad(flat, (0, k - flat.shape[1])) if flat.shape[1] < k else flat.contiguous()
 
 
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x · wᵀ + bias in w's type, whatever autocast says."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(w.dtype), w, None if bias is None else bias.to(w.dtype))
+
+
 class _Product(torch.autograd.Function):
     """y = op(x, weight, bias), with the gradients of x and bias; the weight is codes and has none."""
 
@@ -74,8 +80,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyrefly: ignore[bad-override]
+        (grad,) = grad_outputs
         dx = dbias = None
         if ctx.needs_input_grad[2]:
             w = ctx.values(*ctx.weight, ctx.dtypes[0])

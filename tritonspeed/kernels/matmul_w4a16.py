@@ -31,7 +31,7 @@ from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import INTERPRETED, card_of, launch, on_device_of, takes_reference, tl, triton
 from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.dequantize_weight import launch_dequantize_weight
-from tritonspeed.kernels.matmul_call import WIDE_DTYPES, check_shapes, check_types, product_of, rows_of
+from tritonspeed.kernels.matmul_call import WIDE_DTYPES, check_shapes, check_types, linear, product_of, rows_of
 from tritonspeed.kernels.matmul_tiles import (
     GemvLaunch,
     MatmulLaunch,
@@ -59,8 +59,7 @@ def matmul_w4a16_reference(
 ) -> Tensor:
     """The maths above: W dequantised in fp32 (fp64 for fp64), multiplied in it, rounded once."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = x.to(wide) @ values_reference(codes, scales, zeros, wide)[:, : x.shape[-1]].t()
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+    return linear(x, values_reference(codes, scales, zeros, wide)[:, : x.shape[-1]], bias).to(x.dtype)
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def _w4a16_tile_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, ONE_GROUP: tl.constexpr, ZERO: tl.constexpr, BY_FP32: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float32 if INTERPRET else x_ptr.dtype.element_ty
+    dtype = tl.float32 if INTERPRET else x_ptr.dtype.element_ty
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
     m = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)  # rows beyond the edge repeat the last: no masks
@@ -250,7 +249,7 @@ def launch_matmul_w4a16(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor 
             )  # fmt: skip
             if how.dequantize:
                 w = launch_dequantize_weight(codes, scales, zeros, x.dtype)
-                out = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
+                out = linear(rows, w, bias)
             else:
                 parts = split_output(m, n, how.split_k, out, torch.float32)
                 launch(

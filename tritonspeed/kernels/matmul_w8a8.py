@@ -29,7 +29,7 @@ from torch import Tensor
 from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import INTERPRETED, card_of, launch, on_device_of, takes_reference, tl, triton
 from tritonspeed.kernels.cards import Card
-from tritonspeed.kernels.matmul_call import check_shapes, check_types, rows_of
+from tritonspeed.kernels.matmul_call import check_shapes, check_types, linear, rows_of
 from tritonspeed.kernels.matmul_tiles import (
     GemvLaunch,
     MatmulLaunch,
@@ -72,7 +72,7 @@ def matmul_w8a8_reference(
 ) -> Tensor:
     """The maths above, the sum in fp64, where it is exact for int8; scaled in fp32 (fp64 for fp64), rounded once."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    total = (x.double() @ codes[:, : x.shape[-1]].double().t()).to(wide)
+    total = linear(x, codes[:, : x.shape[-1]].double(), None).to(wide)
     y = total * scales[0].to(wide) * x_scales.reshape(*x.shape[:-1], 1).to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)
 
@@ -307,7 +307,7 @@ def matmul_w8a8(
         scales=(scales, SCALE_DTYPES),
         bias=(bias, SCALE_DTYPES),
     )
-    check_shapes("matmul_w8a8", x, *codes.shape, scales, None, bias)
+    check_shapes("matmul_w8a8", x, codes.shape[0], codes.shape[1], scales, None, bias)
     if dtype not in SCALE_DTYPES:
         raise ValueError(f"matmul_w8a8: dtype is {dtype}, must be float16, bfloat16 or float32")
     if scales.shape[0] != 1 or x_scales.shape not in (x.shape[:-1], (*x.shape[:-1], 1)):
