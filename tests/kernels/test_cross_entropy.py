@@ -72,7 +72,7 @@ def torchs(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_fp64(variant: str, dtype: torch.dtype, device: torch.device) -> None:
     options = VARIANTS[variant]
-    sizes = SIZES if variant in ("mean", "all") else [(5, 7), (2, 129), (3, 1001)]
+    sizes = {"mean": SIZES, "all": SIZES[1::3]}.get(variant, [(5, 7), (2, 129), (3, 1001)])
     if dtype == torch.float16 and "label_smoothing" in options:
         sizes = [(m, n) for m, n in sizes if n < 5000]  # PyTorch adds the classes' losses up in fp16: inf from 65504 on
     for m, n in sizes:
@@ -88,7 +88,7 @@ def test_equals_fp64(variant: str, dtype: torch.dtype, device: torch.device) -> 
         )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     batches=st.integers(1, 3), tokens=st.integers(1, 4), n=st.integers(1, 70), lead=st.integers(0, 9),
     pad=st.integers(0, 9), cut=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 100),
@@ -301,7 +301,7 @@ def test_two_runs_are_equal_to_the_bit(device: torch.device) -> None:
 
 
 def test_more_rows_than_one_step_of_the_sum(device: torch.device) -> None:
-    rows = 200 if device.type == "cpu" else 10_000  # the interpreter takes a millisecond a row; a step is 4096 losses
+    rows = 40 if device.type == "cpu" else 10_000  # the interpreter takes a millisecond a row; a step is 4096 losses
     x, y = batch(rows, 3, torch.float32, device)
     torch.testing.assert_close(cross_entropy(x, y), F.cross_entropy(x, y), **tolerance(torch.float32, rows))
 

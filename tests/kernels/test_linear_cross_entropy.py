@@ -181,7 +181,8 @@ def test_the_peak_is_the_docstrings_equation(num_chunks: int, dtype: torch.dtype
     found = counted(t, h, v, num_chunks, _Wanted(True, True, True), dtype).peak
     assert want <= found <= want + scratch
     alone = counted(t, h, v, num_chunks, _Wanted(False, False, False), dtype).peak
-    assert logits + 4 * t <= alone <= logits + 4 * t + 12 * r
+    # a chunk's losses and statistics, 12 bytes a token, and those of the chunk before until Python lets them go
+    assert logits + 4 * t <= alone <= logits + 4 * t + 24 * r
 
 
 def test_chunks_follow_the_sizes() -> None:

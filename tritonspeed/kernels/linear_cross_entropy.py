@@ -168,8 +168,8 @@ def run_chunks(
             torch.mm(x, weight.t(), out=logits)
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
-        losses = _losses_(logits, target[chunk], None if g is None else g[chunk], options, makes_gradient=bool(wanted))
-        made.losses[chunk] = losses
+        g_chunk = None if g is None else g[chunk]
+        made.losses[chunk] = _losses_(logits, target[chunk], g_chunk, options, makes_gradient=bool(wanted))
         if made.dhidden is not None:
             torch.mm(logits, weight, out=made.dhidden[chunk])
         if made.dweight is not None:
