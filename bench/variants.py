@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.peers_kernels import PEERS
+from bench.peers_kernels import Prepare, peers_of
 from tritonspeed.tuning.case import Case, Inputs, backward_only
-
-Prepare = Callable[[Inputs], Callable[[], Any]]
 
 
 def variants_of(case: Case, device: torch.device) -> dict[str, Prepare]:
@@ -20,7 +18,7 @@ def variants_of(case: Case, device: torch.device) -> dict[str, Prepare]:
     found = {"torch eager": _eager(case)}
     if device.type == "cuda":  # on a CPU Inductor wants a C++ compiler and half a minute a case
         found["torch.compile"] = _compiled(case)
-    return found | PEERS.get((case.name, case.direction), {})
+    return found | peers_of(case)
 
 
 def _eager(case: Case) -> Prepare:
