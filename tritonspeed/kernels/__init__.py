@@ -6,6 +6,7 @@ bound here and now: a function shares its file's name, and a name bound later wo
 
 from tritonspeed.kernels.adagrad import adagrad_
 from tritonspeed.kernels.adamw import adamw_
+from tritonspeed.kernels.adamw_8bit import adamw_8bit_
 from tritonspeed.kernels.bias_gelu import bias_gelu
 from tritonspeed.kernels.cross_entropy import cross_entropy
 from tritonspeed.kernels.dequantize import dequantize, dequantize_sum, requantize_sum
@@ -30,6 +31,7 @@ __all__ = [
     "PatchReport",
     "adagrad_",
     "adamw_",
+    "adamw_8bit_",
     "bias_gelu",
     "cross_entropy",
     "dequantize",
