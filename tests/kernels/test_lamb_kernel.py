@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from lanes import interpreted
 from torch import Tensor
 
+from tritonspeed.kernels.intervals import ALIGNMENT, SEGMENT, Intervals
 from tritonspeed.kernels.lamb import (
-    ALIGNMENT,
-    SEGMENT,
-    Intervals,
     LambStep,
     lamb_direction_reference,
     lamb_moments_,
@@ -203,7 +201,8 @@ def test_says_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         Intervals.of([(8, 90)], cpu)
     with pytest.raises(ValueError, match="intervals end at 91, the chunk has 90"):
-        lamb_moments_(*(x[name] for name in x), Intervals.of([(0, 91)], cpu), STEP)
+        too_long = Intervals.of([(0, 91)], cpu)
+        lamb_moments_(x["master"], x["exp_avg"], x["exp_avg_sq"], x["grad"], too_long, STEP)
     with pytest.raises(ValueError, match=r"norms are \(2, 2\) torch.float64, must be \(1, 2\)"):
         lamb_step_(x["master"], x["exp_avg"], x["exp_avg_sq"], torch.ones(2, 2).double(), intervals, STEP)
     with pytest.raises(ValueError, match="param_out is torch.float32"):

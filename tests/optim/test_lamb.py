@@ -9,7 +9,7 @@ import torch
 from tolerances import tolerance
 from torch import Tensor, nn
 
-from tritonspeed.kernels.lamb import Intervals
+from tritonspeed.kernels.intervals import Intervals
 from tritonspeed.optim.lamb import Lamb
 
 
@@ -35,7 +35,7 @@ class Exact:
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params]
 
     def step(self, grads: list[Tensor]) -> None:
-        s = {
+        s: dict[str, Any] = {
             "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "max_coeff": 10.0, "min_coeff": 0.01,
             "bias_correction": True, "eps_inside_sqrt": False, **self.settings,
         }  # fmt: skip

@@ -23,7 +23,6 @@ ratios never leave the device. Between the two halves the norms of a sharded ten
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,51 +31,12 @@ from torch import Tensor
 from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import INTERPRETED, card_of, check_device, launch, on_device_of, tl, triton
 from tritonspeed.kernels.cards import Card
+from tritonspeed.kernels.intervals import ALIGNMENT, Intervals, cpu_tiles
 from tritonspeed.kernels.rounding import load_fp32, store, store_rounded
 from tritonspeed.kernels.tuned import Tunable
 
-SEGMENT = 8192  # elements of a program: 32 bytes of sums and table for 180 to 320 KiB read and written
-ALIGNMENT = 16  # elements: every tensor of a chunk starts at a multiple, so that loads are 16 bytes wide
-CPU_CHUNK_ELEMS = 64 * 1024  # five fp32 arrays of it fit a core's second-level cache
-
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPY_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, eq=False)
-class Intervals:
-    """Which elements of a flat chunk belong to which tensor, as the kernels read it.
-
-    Attributes:
-        bounds: start and end of every tensor's elements, [s0, e0, s1, e1, ...].
-        table: (segments, 3) int32 on the chunk's device: start / ``ALIGNMENT``, length, tensor.
-        first: (T + 1,) int32: the first segment of each tensor.
-    """
-
-    bounds: list[int]
-    table: Tensor
-    first: Tensor
-
-    @classmethod
-    def of(cls, intervals: Sequence[tuple[int, int]], device: torch.device) -> "Intervals":
-        """The map of these [start, end), which do not overlap.
-
-        Raises:
-            ValueError: a start that is no multiple of ``ALIGNMENT``.
-        """
-        rows, first = [], [0]
-        for tensor, (start, end) in enumerate(intervals):
-            if start % ALIGNMENT or end < start:
-                raise ValueError(f"lamb: interval [{start}, {end}) must start at a multiple of {ALIGNMENT}")
-            rows += [(at // ALIGNMENT, min(SEGMENT, end - at), tensor) for at in range(start, end, SEGMENT)]
-            first.append(len(rows))
-        table = torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3)
-        bounds = [bound for interval in intervals for bound in interval]
-        return cls(bounds, table, torch.tensor(first, dtype=torch.int32, device=device))
-
-    @property
-    def num_tensors(self) -> int:
-        return len(self.bounds) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,16 +284,6 @@ def launch_lamb_step_(
         )  # fmt: skip
 
 
-def _tiles(bounds: list[int]) -> list[tuple[int, slice]]:
-    """(tensor, elements) of every piece that a CPU works on at a time."""
-    pairs = enumerate(zip(bounds[::2], bounds[1::2], strict=True))
-    return [
-        (tensor, slice(at, min(at + CPU_CHUNK_ELEMS, end)))
-        for tensor, (start, end) in pairs
-        for at in range(start, end, CPU_CHUNK_ELEMS)
-    ]
-
-
 def _cpu_direction(p: Tensor, m: Tensor, v: Tensor, eps: float, weight_decay: float, eps_inside_sqrt: bool) -> Tensor:
     """u by operations that round once each: where a tensor is cut, or which thread works on it, changes no bit."""
     root = torch.sqrt(v + eps) if eps_inside_sqrt else torch.sqrt(v).add_(eps)
@@ -346,7 +296,7 @@ def _lamb_moments_cpu_(
     eps_inside_sqrt: bool,
 ) -> Tensor:  # fmt: skip
     norms = torch.zeros(len(bounds) // 2, 2, dtype=torch.float64)
-    for tensor, tile in _tiles(bounds):
+    for tensor, tile in cpu_tiles(bounds):
         p, m, v, g = master[tile], exp_avg[tile], exp_avg_sq[tile], grad[tile].float()
         g = g if grad_scale is None else g * grad_scale
         m.mul_(beta1).add_(g * (1 - beta1))
@@ -364,7 +314,7 @@ def _lamb_step_cpu_(
 ) -> None:  # fmt: skip
     at = LambStep(1, step_size, 0.0, 0.0, eps, weight_decay, min_coeff=min_coeff, max_coeff=max_coeff)
     steps = trust_ratio_reference(norms, at).float() * step_size
-    for tensor, tile in _tiles(bounds):
+    for tensor, tile in cpu_tiles(bounds):
         p = master[tile]
         u = _cpu_direction(p, exp_avg[tile], exp_avg_sq[tile], eps, weight_decay, eps_inside_sqrt)
         p.sub_(u.mul_(steps[tensor]))

@@ -137,6 +137,7 @@ class NewtonSchulzLaunch:
 
     @classmethod
     def heuristic(cls, card: Card, *, side: int, dtype: str) -> "NewtonSchulzLaunch":
+        """For matrices whose smaller side, rounded up to a power of two, is ``side``; never for a batch's size."""
         stages = 3 if card.backend == "cuda" else 2
         if dtype == "fp32":  # no matrix units: 80 registers a thread on 256 threads, 16 KiB of shared memory
             return cls(64, 32, 256 // card.warp_size, 2)
@@ -151,6 +152,7 @@ class NewtonSchulzLaunch:
 
     @classmethod
     def candidates(cls, card: Card, *, side: int, dtype: str) -> list["NewtonSchulzLaunch"]:
+        """Tiles whose operands fit the card's shared memory in that many stages."""
         itemsize = 4 if dtype == "fp32" else 2
         return [
             cls(block, block_k, threads // card.warp_size, stages)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tritonspeed.kernels.lamb import Intervals, LambStep, lamb_moments_, lamb_step_
+from tritonspeed.kernels.intervals import Intervals
+from tritonspeed.kernels.lamb import LambStep, lamb_moments_, lamb_step_
 from tritonspeed.optim.elementwise import ElementwiseOptimizer, Pass
 
 
@@ -123,14 +124,8 @@ class Lamb(ElementwiseOptimizer):
 
 
 def _numbers_of(group: dict[str, Any], step: int) -> LambStep:
+    beta1, beta2 = group["betas"]
     return LambStep(
-        step,
-        float(group["lr"]),
-        *group["betas"],
-        group["eps"],
-        group["weight_decay"],
-        group["bias_correction"],
-        group["eps_inside_sqrt"],
-        group["min_coeff"],
-        group["max_coeff"],
-    )
+        step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["bias_correction"],
+        group["eps_inside_sqrt"], group["min_coeff"], group["max_coeff"],
+    )  # fmt: skip

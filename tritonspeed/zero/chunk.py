@@ -1,8 +1,10 @@
 """A chunk: a contiguous run of one rank slice whose parameters share an optimizer group.
 
-bucket    |p0 p0 p0 .|p1 .|p2 p2 p2 p2 p2 p2 p2 .|p3 . . .|        p1 without weight decay
-slices    |<------ rank 0 ------->|<------ rank 1 ------->|
-chunks    |----0-----|-1--|---2---|----------3------------|
+    bucket    |p0 p0 p0 .|p1 .|p2 p2 p2 p2 p2 p2 p2 .|p3 . . .|        p1 without weight decay
+    slices    |<------ rank 0 ------->|<------ rank 1 ------->|
+    chunks    |----0-----|-1--|---2---|----------3------------|
+
+Each is one flat fp32 parameter of the optimizer.
 """
 
 from __future__ import annotations

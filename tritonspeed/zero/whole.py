@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed import comm
-from tritonspeed.kernels.lamb import Intervals
+from tritonspeed.kernels.intervals import Intervals
 from tritonspeed.optim import Lamb, Muon
 from tritonspeed.zero.bucket import Bucket, Ledger
 from tritonspeed.zero.chunk import Chunk
@@ -320,6 +320,7 @@ class SharedMatrices:
             self.optimizer.orthogonalise_(self.optimizer.param_groups[group], shaped)
 
     def update(self, chunk: Chunk, param_out: Tensor | None) -> None:
+        """Weights and their low-precision copy, matrix by matrix: the step's length goes with a matrix's shape."""
         bucket, (lo, _) = chunk.bucket, chunk.bucket.owned
         for piece in chunk.pieces():
             here = slice(piece.in_interval, piece.in_interval + piece.numel)

@@ -3,7 +3,8 @@
 import torch
 
 from builds import Build
-from tritonspeed.kernels.lamb import Intervals, launch_lamb_moments_, launch_lamb_step_
+from tritonspeed.kernels.intervals import Intervals
+from tritonspeed.kernels.lamb import launch_lamb_moments_, launch_lamb_step_
 
 INTERVALS = Intervals.of([(0, 50257), (50304, 60001)], torch.device("cpu"))
 
