@@ -4,13 +4,14 @@ import json
 import multiprocessing as mp
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,13 @@ def test_the_very_card_wins_over_a_sister_in_an_earlier_layer(tmp_path: Path) ->
     assert layers.lookup(H200, NAME, SOURCE, "n=1") == {"block": 1, "num_warps": 4}
 
 
+def processes() -> mp.context.ForkServerContext:
+    """Processes that start in milliseconds: torch is imported once."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tritonspeed.kernels.store"])
+    return context
+
+
 def write_many(folder: str, writer: int, seen: "mp.Queue[int]") -> None:
     store = FolderStore(folder)
     for i in range(NUM_MERGES):
@@ -95,7 +103,7 @@ def write_many(folder: str, writer: int, seen: "mp.Queue[int]") -> None:
 
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
-    context = mp.get_context("forkserver")
+    context = processes()
     seen = context.Queue()
     writers = [context.Process(target=write_many, args=(str(tmp_path), w, seen)) for w in range(NUM_WRITERS)]
     for writer in writers:
@@ -115,47 +123,40 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.corrupt")) and not list(tmp_path.rglob("*.tmp"))
 
 
-KILLED = """
-    import sys
-    from tritonspeed.kernels.cards import CARDS
-    from tritonspeed.kernels.store import Entry, FolderStore
-
-    folder, start = sys.argv[1], int(sys.argv[2])
+def write_until_killed(folder: str, start: int, said: Connection) -> None:
     store = FolderStore(folder)
-    sys.stdout.write("ready\\n")
-    sys.stdout.flush()
     for i in range(start, start + 100_000):
-        store.record(CARDS["sm_90"], "layer_norm_forward", [{"features": "n=1", "source": "s", "i": i}])
-        sys.stdout.write(f"timed {i}\\n")
-        sys.stdout.flush()
-        store.put(CARDS["sm_90"], "layer_norm_forward", "s", f"i={i}", Entry({"block": i}))
-        sys.stdout.write(f"put {i}\\n")
-        sys.stdout.flush()
-"""
+        store.record(H100, NAME, [{"features": "n=1", "source": "s", "i": i}])
+        said.send(("timed", i))
+        store.put(H100, NAME, "s", f"i={i}", Entry({"block": i}))
+        said.send(("put", i))
 
 
 def test_a_kill_at_any_moment_loses_nothing_acknowledged(tmp_path: Path) -> None:
     rng = random.Random(0)
+    context = processes()
     acknowledged: dict[str, set[int]] = {"timed": set(), "put": set()}
-    start = 0
-    for _ in range(NUM_KILLS):
-        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), str(start)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        said = process.stdout.read().splitlines(keepends=True)
-        process.wait()
-        for line in said:
-            kind, _, number = line.partition(" ")
-            if line.endswith("\n"):
-                acknowledged[kind].add(int(number))
-        start += 1000
+    for kill in range(NUM_KILLS):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=write_until_killed, args=(str(tmp_path), 1000 * kill, theirs))
+        process.start()
+        theirs.close()
+        said = [ours.recv() for _ in range(rng.randrange(1, 8))]
+        time.sleep(rng.uniform(0.0, 0.01))  # several writes long
+        process.kill()
+        process.join()
+        with suppress(EOFError, OSError):  # the last message may be cut short
+            while True:
+                said.append(ours.recv())
+        for kind, number in said:
+            acknowledged[kind].add(number)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # the file is valid, whenever the kill came
             found = FolderStore(tmp_path).entries(H100.key, NAME)
         assert acknowledged["put"] <= {by_source["s"].launch["block"] for by_source in found.values()}
-        assert acknowledged["timed"] <= {line["i"] for line in FolderStore(tmp_path).timed(H100, NAME, "s", "n=1")}
+        assert acknowledged["timed"] <= {
+            line["i"] for line in read_journal(journal_of(path_of(tmp_path))) if "i" in line
+        }
     assert len(acknowledged["put"]) > NUM_KILLS, "the kills came before anything was written"
     FolderStore(tmp_path).put(H100, NAME, "s", "after", entry(7))
     assert not list(tmp_path.rglob("*.tmp")), "what a kill left behind is used up by the next writer"
@@ -213,7 +214,7 @@ def test_a_corrupt_journal_loses_its_bad_lines_alone(tmp_path: Path) -> None:
         store.put(H100, NAME, SOURCE, f"n={n}", entry(n))
     journal = journal_of(path_of(tmp_path))
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(lines[0] + lines[1].replace(b"accepted", b"accepte_") + lines[2] + lines[2][:30])
+    journal.write_bytes(lines[0] + lines[1].replace(b'"block": 1', b'"block": 8') + lines[2] + lines[2][:30])
     store.record(H100, NAME, [{"features": "n=9", "source": SOURCE, "i": 9}])  # after a line that was cut short
     path_of(tmp_path).write_bytes(b"")
     with pytest.warns(UserWarning, match="2 entries rebuilt"):
