@@ -97,7 +97,7 @@ def test_any_shape_in_any_chunks(
     results = []
     for f, options in ((linear_cross_entropy, {"num_chunks": num_chunks}), (linear_cross_entropy_reference, {})):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-        loss = f(*leaves[:2], target, bias=leaves[2] if with_bias else None, reduction=reduction, **options)
+        loss = f(leaves[0], leaves[1], target, bias=leaves[2] if with_bias else None, reduction=reduction, **options)
         loss.backward(torch.full_like(loss, 0.5))
         results.append([loss, *(x.grad for x in leaves)])
     for ours, theirs in zip(*results, strict=True):

@@ -59,6 +59,7 @@ from tritonspeed.kernels.cross_entropy_rows import (
     row_loss,
     write_row_gradient,
 )
+from tritonspeed.kernels.rounding import as_scalar
 from tritonspeed.kernels.tuned import Tunable, dtype_name, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,7 +112,7 @@ def _cross_entropy_forward_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    smoothing, z_loss, softcap = tl.full([], smoothing, ACC), tl.full([], z_loss, ACC), tl.full([], softcap, ACC)
+    smoothing, z_loss, softcap = as_scalar(smoothing, ACC), as_scalar(z_loss, ACC), as_scalar(softcap, ACC)
     y = tl.load(target_ptr + row).to(tl.int64)
     if y == ignore_index:
         tl.store(loss_ptr + row, 0.0)
@@ -136,7 +137,7 @@ def _cross_entropy_backward_kernel(
     ACC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    smoothing, z_loss, softcap = tl.full([], smoothing, ACC), tl.full([], z_loss, ACC), tl.full([], softcap, ACC)
+    smoothing, z_loss, softcap = as_scalar(smoothing, ACC), as_scalar(z_loss, ACC), as_scalar(softcap, ACC)
     y = tl.load(target_ptr + row).to(tl.int64)
     x_row, phase = find_row(logits_ptr, row, rows_per_batch, batch_stride, row_stride, lead, VEC)
     out_row, out_phase = find_row(out_ptr, row, rows_per_batch, out_batch_stride, out_row_stride, out_lead, VEC)
@@ -160,7 +161,7 @@ def _cross_entropy_in_place_kernel(
 ):  # fmt: skip
     """Loss of a row, then its gradient over its logits; the second read is the L2's."""
     row = tl.program_id(0)
-    smoothing, z_loss, softcap = tl.full([], smoothing, ACC), tl.full([], z_loss, ACC), tl.full([], softcap, ACC)
+    smoothing, z_loss, softcap = as_scalar(smoothing, ACC), as_scalar(z_loss, ACC), as_scalar(softcap, ACC)
     y = tl.load(target_ptr + row).to(tl.int64)
     x_row, phase = find_row(logits_ptr, row, rows_per_batch, batch_stride, row_stride, lead, VEC)
     g = tl.full([], 1.0, ACC)
@@ -197,6 +198,7 @@ class CrossEntropyLaunch:
 
     @classmethod
     def in_place_heuristic(cls, card: Card, n: int, dtype: str) -> "CrossEntropyLaunch":
+        """For the kernel that reads its rows twice."""
         # The second read is the L2's if the rows at work fit there, beside what else is: 1024 threads an SM at 50-64
         # registers (ptxas, sm_90; 83 with the cap), so an H100 has 2 · 132 rows of 512: 27 of its 50 MB at 50257 bf16.
         row_bytes = n * (8 if dtype == "fp64" else 4 if dtype == "fp32" else 2)
