@@ -27,6 +27,7 @@ OURS = "ours"
 CALLS_IN_A_ROW = 20
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 MAX_EXACT_BYTES = 2**35
+MAX_REASON_CHARS = 160
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Suite:
                 errors[name] = _relative_error(got, exact)
                 calls[name] = made
             except Exception as error:  # a peer's any failure is a fact about the peer
-                first = next(iter(str(error).splitlines()), "")
+                first = next(iter(str(error).splitlines()), "")[:MAX_REASON_CHARS]
                 self.absent.append(Absent(case.label, name, f"{type(error).__name__}: {first}"))
         return calls, errors
 

@@ -23,10 +23,7 @@ def variants_of(case: Case, device: torch.device) -> dict[str, Prepare]:
 
 def _eager(case: Case) -> Prepare:
     def prepare(inputs: Inputs) -> Callable[[], Any]:
-        if case.direction != "backward":
-            return lambda: case.reference(inputs)
-        with backward_only():
-            return case.reference(inputs)  # type: ignore[return-value]
+        return _prepared(case, inputs, case.reference, lambda function: function)
 
     return prepare
 
@@ -39,9 +36,16 @@ def _compiled(case: Case) -> Prepare:
     whole = compile_it(case.reference)
 
     def prepare(inputs: Inputs) -> Callable[[], Any]:
-        if case.direction != "backward":
-            return lambda: whole(inputs)
-        with backward_only(compile_it):
-            return case.reference(inputs)  # type: ignore[return-value]
+        return _prepared(case, inputs, whole, compile_it)
 
     return prepare
+
+
+def _prepared(case: Case, inputs: Inputs, whole: Callable[..., Any], wrap: Callable[..., Any]) -> Callable[[], Any]:
+    """The call to time: the whole reference, or only its backward where it is made of a forward and a backward."""
+    if case.direction == "backward":
+        with backward_only(wrap):
+            backward: Any = case.reference(inputs)
+        if callable(backward):
+            return backward
+    return lambda: whole(inputs)
