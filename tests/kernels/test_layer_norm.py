@@ -248,8 +248,7 @@ def test_any_combination(
 
 
 @interpreted
-@pytest.mark.parametrize("n", [6, 7], ids=str)
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "residual, dropout"])
+@pytest.mark.parametrize(("n", "extras"), [(6, False), (7, False), (7, True)])
 def test_gradcheck(n: int, extras: bool) -> None:
     names = ("residual", "weight", "bias") if extras else ("weight", "bias")
     inputs = random_inputs((3, n), torch.float64, CPU, *names)

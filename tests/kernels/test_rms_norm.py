@@ -32,7 +32,7 @@ def torchs_prenorm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor,
     return torchs(z, weight), z
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 1), torch.float32), *CASES], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 1), torch.float32), *CASES[::2]], ids=str)
 def test_as_exact_as_torch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     inputs = random_inputs(shape, dtype, device, "weight")
     assert_as_exact_as_torch(rms_norm, torchs, inputs, random_grads(shape, device, 1), terms(shape))
@@ -40,7 +40,7 @@ def test_as_exact_as_torch(shape: tuple[int, int], dtype: torch.dtype, device: t
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((3, 8), torch.float32), ((5, 17), torch.float16), ((2, 1001), torch.bfloat16), ((1, 16383), torch.bfloat16)],
+    [((3, 8), torch.float32), ((5, 17), torch.float16), ((1, 16383), torch.bfloat16)],
     ids=str,
 )
 def test_with_a_residual(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -54,10 +54,8 @@ def test_without_a_weight(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [33, 64, 20001], ids=str)
+@pytest.mark.parametrize("n", [33, 64], ids=str)
 def test_weights_around_zero(n: int, dtype: torch.dtype, device: torch.device) -> None:
-    if n > 64 and dtype != torch.bfloat16:
-        pytest.skip("one type of long rows: the interpreter is slow")
     shape = (2, n)
     inputs = random_inputs(shape, dtype, device, "weight")
     inputs["weight"] -= 0.5
@@ -76,8 +74,7 @@ def test_dropout_has_the_references_mask(n: int, names: tuple[str, ...], device:
 
 
 @interpreted
-@pytest.mark.parametrize("n", [61, 64], ids=str)
-@pytest.mark.parametrize("block", [16, 32, 64], ids="block {}".format)
+@pytest.mark.parametrize(("n", "block"), [(61, 16), (61, 32), (64, 64)])
 def test_every_path_gives_the_same(n: int, block: int) -> None:
     inputs, grads = random_inputs((7, n), torch.float32, CPU, "weight"), random_grads((7, n), CPU, 1)
     with (
