@@ -209,11 +209,11 @@ def _norm_row_constants_kernel(
     z_seed = None
     if z_seed_ptr is not None:
         z_seed = tl.load(z_seed_ptr)
-    row, _, head = find_rows(tl.program_id(0), num_rows, n, 1, VEC, EDGES)
-    rstd = tl.load(rstd_ptr + row)
+    row, is_row, head = find_rows(tl.program_id(0), num_rows, n, 1, VEC, EDGES)
+    rstd = tl.load(rstd_ptr + row, mask=is_row, other=0.0)
     mean = rstd
     if CENTRED:
-        mean = tl.load(mean_ptr + row)
+        mean = tl.load(mean_ptr + row, mask=is_row, other=0.0)
     products, sums = tl.zeros([1, BLOCK], ACC), tl.zeros([1, BLOCK], ACC)
     for i in range(tl.cdiv(n, BLOCK)):
         column, inside = find_body(i * BLOCK, head, n, BLOCK, VEC)
