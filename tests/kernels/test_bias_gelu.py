@@ -187,7 +187,14 @@ def test_any_rows_in_any_tiles(m, n, dtype, drops, block, block_n, stages):
         )
 
 
-@interpreted
+def test_the_backward_op_alone_is_what_autograd_gives(device):
+    x = {name: t.requires_grad_() for name, t in inputs(5, 11, torch.float32, device).items() if name != "residual"}
+    grad, seed = torch.randn(5, 11, device=device), torch.tensor(7, device=device)
+    want = torch.autograd.grad(reference(**x, seed=7, approximate="tanh", p=P), list(x.values()), grad)
+    got = OPS.bias_gelu_backward(grad, x["x"].detach(), x["bias"].detach(), seed, "gelu_tanh", dropout_threshold(P))
+    torch.testing.assert_close(got, want)
+
+
 def test_the_operators_are_registered_right():
     x, bias, grad, seed = torch.randn(3, 10), torch.randn(10), torch.randn(3, 10), torch.tensor(3)
     for has_bias in (bias, None):

@@ -230,7 +230,20 @@ def test_any_rows_anywhere(m, n, pad, shift, dtype, activation, block):
         )
 
 
-@interpreted
+def test_the_backward_op_alone_is_what_autograd_gives(device):
+    gate, up = inputs(3, 10, torch.float32, device).values()
+    grad = torch.randn(3, 10, device=device)
+    for activation in ACTIVATIONS:
+        leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+        want = torch.autograd.grad(plain(*leaves, activation), leaves, grad)
+        torch.testing.assert_close(OPS.glu_backward(grad, gate, up, activation), want)
+        y = OPS.glu_forward(gate, up, activation)
+        for gate_first in (True, False):
+            both, wanted = (torch.cat(pair if gate_first else pair[::-1], -1) for pair in ((gate, up), want))
+            torch.testing.assert_close(OPS.glu_packed_backward(grad, both, activation, gate_first), wanted)
+            torch.testing.assert_close(OPS.glu_packed_forward(both, activation, gate_first), y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_operators_are_registered_right(dtype):
     gate, up, grad, both = (torch.randn(3, n).to(dtype) for n in (10, 10, 10, 20))

@@ -12,6 +12,7 @@ Source   Hendrycks & Gimpel 2016, arXiv:1606.08415; Elfwing, Uchibe & Doya 2017,
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +41,15 @@ def activate_reference(x: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activate_backward_reference(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """grad · a'(x) in PyTorch, in x's own type."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, x, 0)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 @triton.jit

@@ -40,7 +40,13 @@ from tritonspeed.kernels._triton import (
     tl,
     triton,
 )
-from tritonspeed.kernels.activations import activate, activate_reference, activate_with_slope, gelu_form
+from tritonspeed.kernels.activations import (
+    activate,
+    activate_backward_reference,
+    activate_reference,
+    activate_with_slope,
+    gelu_form,
+)
 from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.folded_rows import GROUP, Folding, launch_column_sums, place_folded
 from tritonspeed.kernels.rounding import load, philox_reference, store_rounded
@@ -233,6 +239,7 @@ class BiasGELULaunch:
 
     @classmethod
     def candidates(cls, card: Card, *, dtype: str) -> list["BiasGELULaunch"]:
+        """Tiles of 8 or 16 elements a thread, wide or narrow, with and without loads ahead."""
         return [
             cls(threads * elems, block_n, threads // card.warp_size, stages, 2048 // threads)
             for threads in (128, 256, 512)
@@ -313,6 +320,20 @@ def launch_bias_gelu_backward(
     return dx, dbias
 
 
+def _backward_cpu(
+    grad: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, threshold: int
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dx = grad.to(wide)
+    if seed is not None:
+        keep = keep_reference(x.shape, seed, threshold)
+        dx = torch.where(keep, dx * dropout_scale(threshold), 0.0)
+    h = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
+    dx = activate_backward_reference(dx, h, activation)
+    dbias = x.new_empty(0) if bias is None else dx.reshape(-1, bias.numel()).sum(0).to(bias.dtype)
+    return dx.to(x.dtype).contiguous(), dbias
+
+
 def _forward_shapes(x: Tensor, *_others: object) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -326,12 +347,14 @@ register(
     " -> Tensor",
     launch_bias_gelu_forward,
     _forward_shapes,
+    bias_gelu_reference,
 )
 register(
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? seed, str activation, int threshold)"
     " -> (Tensor, Tensor)",
     launch_bias_gelu_backward,
     _backward_shapes,
+    _backward_cpu,
 )
 
 

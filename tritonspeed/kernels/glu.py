@@ -35,7 +35,14 @@ from tritonspeed.kernels._triton import (
     tl,
     triton,
 )
-from tritonspeed.kernels.activations import ACTIVATIONS, activate, activate_reference, activate_with_slope, gelu_form
+from tritonspeed.kernels.activations import (
+    ACTIVATIONS,
+    activate,
+    activate_backward_reference,
+    activate_reference,
+    activate_with_slope,
+    gelu_form,
+)
 from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.rounding import load, store_rounded
 from tritonspeed.kernels.strided_rows import Rows, as_rows, halves, place, plain_rows, row_tile, tiling
@@ -165,6 +172,7 @@ class GLULaunch:
 
     @classmethod
     def candidates(cls, card: Card, *, dtype: str) -> list["GLULaunch"]:
+        """One to four accesses of 16 bytes a thread."""
         lane = 16 // _WIDTHS.get(dtype, 2)
         return [
             cls(threads * lane * accesses, threads // card.warp_size)
@@ -265,6 +273,25 @@ def _backward_rows(grad: Tensor, places: list[Rows], how: GLULaunch, constants: 
     )  # fmt: skip
 
 
+def _packed_reference(gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
+    first, second = gate_up.chunk(2, dim=-1)
+    return glu_reference(*((first, second) if gate_first else (second, first)), activation)
+
+
+def _backward_cpu(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    dtype, wide = gate.dtype, torch.float64 if gate.dtype == torch.float64 else torch.float32
+    grad, gate, up = grad.to(wide), gate.to(wide), up.to(wide)
+    dgate = activate_backward_reference(grad * up, gate, activation)
+    dup = grad * activate_reference(gate, activation)
+    return dgate.to(dtype).contiguous(), dup.to(dtype).contiguous()
+
+
+def _packed_backward_cpu(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
+    first, second = gate_up.chunk(2, dim=-1)
+    dgate, dup = _backward_cpu(grad, *((first, second) if gate_first else (second, first)), activation)
+    return torch.cat((dgate, dup) if gate_first else (dup, dgate), dim=-1)
+
+
 def _forward_shapes(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -281,21 +308,29 @@ def _packed_backward_shapes(grad: Tensor, gate_up: Tensor, activation: str, gate
     return gate_up.new_empty(gate_up.shape)
 
 
-register("glu_forward(Tensor gate, Tensor up, str activation) -> Tensor", launch_glu_forward, _forward_shapes)
+register(
+    "glu_forward(Tensor gate, Tensor up, str activation) -> Tensor",
+    launch_glu_forward,
+    _forward_shapes,
+    glu_reference,
+)
 register(
     "glu_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
     launch_glu_backward,
     _backward_shapes,
+    _backward_cpu,
 )
 register(
     "glu_packed_forward(Tensor gate_up, str activation, bool gate_first) -> Tensor",
     launch_glu_packed_forward,
     _packed_forward_shapes,
+    _packed_reference,
 )
 register(
     "glu_packed_backward(Tensor grad, Tensor gate_up, str activation, bool gate_first) -> Tensor",
     launch_glu_packed_backward,
     _packed_backward_shapes,
+    _packed_backward_cpu,
 )
 
 
@@ -325,12 +360,10 @@ class _PackedGLU(torch.autograd.Function):
         return torch.ops.tritonspeed.glu_packed_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _check_activation(operation: str, activation: str) -> None:
+def _check(operation: str, name: str, x: Tensor, activation: str) -> None:
+    check_device(operation, x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{operation}: activation is {activation!r}, must be one of {', '.join(ACTIVATIONS)}")
-
-
-def _check_dtype(operation: str, name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(
             f"{operation}: {name} is {x.dtype}, must be float32, bfloat16, float16 or float64: convert it with .to(...)"
@@ -352,9 +385,7 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, operation: str = 
     Raises:
         ValueError: shapes, types or devices that differ, an unknown activation, a device without kernels.
     """
-    _check_activation(operation, activation)
-    check_device(operation, gate)
-    _check_dtype(operation, "gate", gate)
+    _check(operation, "gate", gate, activation)
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(
             f"{operation}: gate is {tuple(gate.shape)} {gate.dtype} on {gate.device}, up {tuple(up.shape)} {up.dtype}"
@@ -382,17 +413,14 @@ def glu_packed(
     Raises:
         ValueError: an odd last axis, an unknown activation, a type or device without kernels.
     """
-    _check_activation(operation, activation)
-    check_device(operation, gate_up)
-    _check_dtype(operation, "gate_up", gate_up)
+    _check(operation, "gate_up", gate_up, activation)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(
             f"{operation}: gate_up is {tuple(gate_up.shape)}, its last axis must be two halves of equal size:"
             " concatenate gate and up along it"
         )
     if takes_reference(gate_up):
-        first, second = gate_up.chunk(2, dim=-1)
-        return glu_reference(*((first, second) if gate_first else (second, first)), activation)
+        return _packed_reference(gate_up, activation, gate_first)
     return _PackedGLU.apply(gate_up, activation, gate_first)
 
 

@@ -122,10 +122,11 @@ def patch(
     """
     kernels, excluded = _wanted(model, only, tuple(exclude))
     groups: dict[tuple[str, str, str, str], list[str]] = {}
+    unused: set[nn.Module] = set()  # activations of gated layers: nobody calls them any more
     left: dict[tuple[str, str], list[str]] = {}
     swapped = []
     for name, module in list(model.named_modules()):
-        if excluded(name, module) or form_of(module) is not None:
+        if excluded(name, module) or form_of(module) is not None or module in unused:
             continue
         try:
             found = _find(module, kernels)
@@ -138,6 +139,8 @@ def patch(
         groups.setdefault((form.kernel, type(module).__name__, matched_by, _detail(form)), []).append(name)
         module.__class__ = patched_class(type(module), form)
         swapped.append(module)
+        if form.kernel == "glu":
+            unused.update(child for child in module.children() if not list(child.parameters()))
     return PatchReport(
         tuple(Swapped(*key, tuple(names)) for key, names in groups.items()),
         tuple(Left(*key, tuple(names)) for key, names in left.items()),

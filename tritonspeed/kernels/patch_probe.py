@@ -14,6 +14,7 @@ moved: modules on the meta device, sharded or quantised ones are found out like 
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -213,9 +214,20 @@ def _model_width(sizes: dict[str, tuple[int, int]]) -> int:
     return 0
 
 
+def _takes_one(module: nn.Module) -> bool:
+    """Whether forward can be called with one argument."""
+    try:
+        inspect.signature(type(module).forward).bind(module, None)
+    except TypeError:
+        return False
+    return True
+
+
 def is_like_gated_layer(module: nn.Module) -> bool:
     """Two or three linears of sizes that fit, and beside them nothing that has tensors."""
     sizes = linears(module)
+    if not _takes_one(module):  # attention, mostly: it wants positions or a mask
+        return False
     others = [child for name, child in module.named_children() if name not in sizes]
     has_tensors = any(list(m.parameters()) + list(m.buffers()) for m in others)
     return _model_width(sizes) > 0 and not has_tensors and not module._parameters and not module._buffers
