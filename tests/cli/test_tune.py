@@ -85,7 +85,7 @@ def test_mistakes_are_named(words: tuple[str, ...], message: str, capsys: pytest
 def test_a_family_an_operation_and_a_tunable_are_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", "--list", "--kernel", name, "--shapes", "tiny", "--workers", "0"]) == 0
     said = capsys.readouterr().out
-    assert said.count("n=43008") == 1 and ("adamw_" in said) == name.startswith("adamw")
+    assert "1 decisions on" in said and ("adamw_" if name.startswith("adamw") else "sum_of_squares") in said
 
 
 OUTCOMES = [

@@ -11,13 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import BEST_BLOCK, CARD, CPU, QUICK, TOY, WRONG_BLOCK, Clock, ToyLaunch, double, search_in, toy_case, true_ms
+from toys import (
+    BEST_BLOCK,
+    CARD,
+    CPU,
+    QUICK,
+    TOY,
+    WRONG_BLOCK,
+    Clock,
+    ToyLaunch,
+    double,
+    hungry_case,
+    search_in,
+    toy_case,
+    true_ms,
+)
 
 from tritonspeed import tuning
 from tritonspeed.kernels import tuned
 from tritonspeed.kernels._triton import recording
 from tritonspeed.kernels.store import SHIPPED, FolderStore, Layers, Unwritable, default_folder
 from tritonspeed.tuning import Search, Tuner, plan
+from tritonspeed.tuning.planning import NOT_IN_TIME
 from tritonspeed.tuning.tuner import GpuBroken
 
 BEST = {"block": BEST_BLOCK, "num_warps": 4}
@@ -183,6 +198,23 @@ def test_a_time_limit_ends_with_what_there_is(tmp_path: Path) -> None:
     everything = Clock()
     search_in(tmp_path / "everything", everything, cases=cases)
     assert sum(len(n) for n, _ in rest.asked) < sum(len(n) for n, _ in everything.asked)
+
+
+def test_a_search_among_some_of_the_candidates_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, clock = [toy_case(), hungry_case()], Clock()
+    outcomes = search_in(tmp_path, clock, replace(QUICK, time_limit_s=1e-3), cases)
+    assert [outcome.verdict for outcome in outcomes] == ["out of time", "out of time"] and clock.asked == []
+    until: list[float | None] = []
+
+    def too_late(jobs, card, num_workers, deadline, on_progress):
+        until.append(deadline - time.monotonic())
+        for candidate in jobs[1].candidates[1:]:
+            candidate.refused = NOT_IN_TIME
+
+    monkeypatch.setattr("tritonspeed.tuning.tuner.prune", too_late)
+    outcomes = search_in(tmp_path, clock, replace(QUICK, time_limit_s=100.0), cases)
+    assert [outcome.verdict for outcome in outcomes] == ["tuned", "out of time"]
+    assert until[0] == pytest.approx(50, abs=5), "time is left for timing"
 
 
 def test_one_case_stands_for_those_that_share_a_decision() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,7 +140,8 @@ def _list(args: argparse.Namespace, cases: Sequence[Case]) -> int:
     tuning.use(None if args.deterministic else _folder(args), deterministic=args.deterministic)
     with _progress(is_hidden=False) as tell:
         jobs = tuning.plan(cases, card, _names(args, cases))
-        tuning.prune(jobs, card, args.workers, on_progress=tell)
+        deadline = None if args.time_limit is None else time.monotonic() + args.time_limit
+        tuning.prune(jobs, card, args.workers, deadline, on_progress=tell)
     _console().print(_jobs_table(jobs, card))
     return 0
 

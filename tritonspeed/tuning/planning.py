@@ -27,6 +27,7 @@ from tritonspeed.kernels.tuned import Feature, Tunable, features_key, fields_of,
 from tritonspeed.tuning.case import Case, unfilled
 from tritonspeed.tuning.shapes_only import ShapesOnly
 
+NOT_IN_TIME = "not compiled in time"
 MAX_WORKERS = 16  # a compiler takes one core and about 400 MiB
 OnProgress = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -73,6 +74,11 @@ class Job:
     def allowed(self) -> list[Candidate]:
         """Those to be timed. The heuristic's is always among them: it is what a call takes now."""
         return [c for i, c in enumerate(self.candidates) if i == 0 or not c.refused]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every candidate was compiled: a search among some of them would pass for one among all."""
+        return all(candidate.refused != NOT_IN_TIME for candidate in self.candidates)
 
     @property
     def refusals(self) -> Counter[str]:
@@ -238,7 +244,7 @@ def prune(
 
 def _against(compiled: Compiled | None, card: Card) -> str:
     if compiled is None:
-        return "not compiled in time"
+        return NOT_IN_TIME
     if compiled.error:
         return f"does not compile: {compiled.error}"
     if compiled.spilled_bytes:

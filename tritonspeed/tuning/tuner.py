@@ -30,6 +30,7 @@ from tritonspeed.tuning.verify import Distance, disagreement, distances, gross_e
 
 DECISIONS = "decisions"  # what a progress report calls the jobs themselves; other words are for the work on one
 SEED = 1234
+COMPILING_SHARE = 0.5  # of the time limit at most: jobs that were not compiled by then wait for the next run
 SETS_BESIDE = 4  # of a case's size, for outputs, the reference and what it is compared in
 
 
@@ -141,7 +142,8 @@ class Tuner:
         wanted = [job for job in jobs if self.search.again or self._known(job) is None]
         if wanted:
             self.store.check_writable(self.card, wanted[0].tunable.name)
-            prune(wanted, self.card, self.search.num_workers, self._deadline, self.on_progress)
+            until = None if limit_s is None else time.monotonic() + COMPILING_SHARE * limit_s
+            prune(wanted, self.card, self.search.num_workers, until, self.on_progress)
             warm_up(self.device)
         outcomes = []
         for i, job in enumerate(jobs):
@@ -167,6 +169,8 @@ class Tuner:
 
     def _outcome(self, job: Job) -> Outcome:
         blank = _blank(job)
+        if not job.is_complete:
+            return replace(blank, verdict="out of time")
         try:
             decided = _Decision(self, job).take(blank)
         except _OutOfTime:
