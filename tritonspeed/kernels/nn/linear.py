@@ -163,6 +163,7 @@ class QuantizedLinear(nn.Module):
         return matmul_w8a8(q.codes, q.scales, self.codes, self.scales, self.bias, x.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes, format and groups, for ``print(model)``."""
         group = "row" if self.scales.shape[0] == 1 else self.group_size
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
