@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.store import Entry, FolderStore, Unwritable
@@ -228,7 +229,7 @@ class _Decision:
         """Make the buffers, or say why not."""
         device = self.tuner.device
         first = self.job.case.make(device, SEED)
-        set_bytes = sum(x.nbytes for x in first.values() if isinstance(x, Tensor))
+        set_bytes = sum(x.nbytes for x in tree_leaves(first) if isinstance(x, Tensor))
         self.num_sets = num_rotations(max(set_bytes, 1), device)
         self.sets = [first]
         if device.type == "cuda":
