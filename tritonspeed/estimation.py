@@ -4,6 +4,7 @@ Between two steps, for P elements of a bucket (padding included), N ranks, c = b
 
     parameters   c·P             stages 0-2; at stage 3 only what is frozen, c·P/N, and what persists, c·P
     optimizer    4·P/N + 8·P/N   stage 0: 12·P; the master, unless the compute dtype is the master's; AdamW's moments
+                                    (`state`: bf16 4·P/N, 8bit 2·P/N and 4 bytes for each 256)
                                  (Muon: 4 where a matrix is, so ranks differ: the one with most is told of)
 
 From backward to the step it adds the gradients, 4·P/N (stage 0: 4·P; in the accumulate dtype). The peak adds what is on
@@ -25,6 +26,7 @@ from typing import Any
 from torch import nn
 
 from tritonspeed.config import Config, ModelFacts, load
+from tritonspeed.kernels.adamw_8bit import MIN_ELEMS, num_blocks
 from tritonspeed.optim.muon import NS_DTYPES, hidden_matrices
 from tritonspeed.precision import Policy
 from tritonspeed.zero.bucket import Ledger
@@ -74,6 +76,26 @@ class Estimate:
         )
 
 
+@dataclass(frozen=True)
+class _States:
+    """The optimizer's tensors: how many per element, in which type, and the longest run that is updated as one."""
+
+    num_moments: int
+    kind: str
+    sub_group_size: int
+
+    def slice_bytes(self, num_elems: int) -> int:
+        """Of one rank's slice of a bucket, whose parameters are taken to be one optimizer group."""
+        if self.kind != "8bit":
+            return self.num_moments * num_elems * (2 if self.kind == "bf16" else 4)
+        step = self.sub_group_size or num_elems
+        return sum(self._chunk_bytes(at, min(step, num_elems - at)) for at in range(0, num_elems, step))
+
+    def _chunk_bytes(self, start: int, num_elems: int) -> int:
+        is_small = num_elems < MIN_ELEMS
+        return self.num_moments * (4 * num_elems if is_small else num_elems + 4 * num_blocks(start, num_elems))
+
+
 @dataclass
 class _PaperBucket:
     """A bucket whose memory is only counted: what ``Reducer`` needs of one."""
@@ -91,8 +113,8 @@ class _PaperBucket:
         self.owned = self.layout.slice_numel if self.stage.shards_optimizer else self.layout.numel
         self._kind, self._outbox_bytes, self._grad_bytes = "communication", 0, 0
 
-    def rest(self, moment_elems: int) -> None:
-        """Enter what it holds between two steps; ``moment_elems`` of it are the optimizer's."""
+    def rest(self, state_bytes: int) -> None:
+        """Enter what it holds between two steps; ``state_bytes`` of it are the optimizer's, besides the master."""
         types, aliased = self.types, self.types.compute == self.types.master
         if not self.frees:
             self.ledger.add("parameters", self.whole_bytes)
@@ -101,7 +123,7 @@ class _PaperBucket:
         if self.trainable:
             if self.frees or not aliased:
                 self.ledger.add("parameters" if aliased else "optimizer", self.owned * types.master.itemsize)
-            self.ledger.add("optimizer", moment_elems * types.master.itemsize)
+            self.ledger.add("optimizer", state_bytes)
 
     def receive(self, index: int, gradient: object, accumulating: bool) -> None:
         if self.outbox is None:
@@ -179,9 +201,10 @@ def estimate(model: nn.Module, config: Any, world_size: int) -> Estimate:
     if resolved.optimizer is not None and (resolved.optimizer.type or "").lower() == "muon":
         rounds = _enter_muon(model, groups, world_size, (resolved.optimizer.params or {}).get("ns_dtype", "bf16"))
     else:
-        rounds = []
+        rounds, states = [], _States(_num_moments(resolved), _state_kind(resolved), options.sub_group_size)
         for bucket in (bucket for group in groups for bucket in group.buckets):
-            bucket.rest(_num_moments(resolved) * bucket.owned)
+            num_slices, slice_numel = bucket.owned // bucket.layout.slice_numel, bucket.layout.slice_numel
+            bucket.rest(num_slices * states.slice_bytes(slice_numel))
     rest = dict(ledger.bytes_of)
     _walk(groups, stage, options, int(resolved.gradient_accumulation_steps or 1), rounds)
     return Estimate(stage.number, world_size, sum(p.numel() for p in model.parameters()), rest, ledger.peak_of)
@@ -213,7 +236,7 @@ def _enter_muon(model: nn.Module, groups: list[_PaperGroup], world: int, ns_dtyp
 
     fullest = max(range(world if shards else 1), key=lambda rank: sum(moments(bucket, rank) for bucket in buckets))
     for bucket in (bucket for group in groups for bucket in group.buckets):
-        bucket.rest(moments(bucket, fullest) if bucket.trainable else 0)
+        bucket.rest(moments(bucket, fullest) * bucket.types.master.itemsize if bucket.trainable else 0)
     spans = [
         [(s, 0) for s, p in zip(b.layout.spans, b.parameters, strict=True) if s.numel and hidden[id(p)]]
         for b in buckets
@@ -221,6 +244,11 @@ def _enter_muon(model: nn.Module, groups: list[_PaperGroup], world: int, ns_dtyp
     rounds = plan_rounds(spans, [bucket.layout for bucket in buckets], world)
     itemsize = NS_DTYPES[ns_dtype].itemsize
     return [max(each.held_elems(rank, shards) for rank in range(world)) * itemsize for each in rounds]
+
+
+def _state_kind(config: Config) -> str:
+    params = None if config.optimizer is None else config.optimizer.params
+    return (params or {}).get("state") or "fp32"
 
 
 def _walk(

@@ -79,6 +79,14 @@ def test_lion_and_adagrad_by_name_are_ours():
     torch.testing.assert_close(train(adagrad, ours), train(torch.optim.Adagrad(theirs, **settings), theirs), **NEAR)
 
 
+def test_the_moments_type_is_asked_for_by_name():
+    assert build_optimizer("Adam", {"state": "8bit"}, make_params()).param_groups[0]["state"] == "8bit"
+    with pytest.raises(ValueError, match="optimizer.params.state = '4bit' must be one of fp32, bf16, 8bit"):
+        build_optimizer("AdamW", {"state": "4bit"}, make_params())
+    with pytest.raises(ValueError, match="torch's Adam keeps fp32 moments"):
+        build_optimizer("AdamW", {"state": "bf16", "torch_adam": True}, make_params())
+
+
 def test_adam_without_params_takes_deepspeeds_defaults():
     group = build_optimizer("AdamW", None, make_params()).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 1e-8, 0.0)

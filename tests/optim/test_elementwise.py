@@ -132,6 +132,73 @@ def test_shards_round_at_random_as_the_whole_does(name: str) -> None:
     assert torch.equal(out, pieces) and not torch.equal(out, whole.bfloat16())
 
 
+LOW_BIT = {"bf16": 0.01, "8bit": 0.05}
+"""How far weights may end from those of fp32 moments, relative to the way they went."""
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("state", LOW_BIT)
+def test_moments_in_fewer_bits_stay_near_fp32(state: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    target, start = torch.randn(64, 80, generator=generator), torch.randn(64, 80, generator=generator)
+    ends = []
+    for kind in ("fp32", state):
+        param = nn.Parameter(start.clone())
+        optimizer, noise = AdamW([param], lr=1e-2, state=kind), torch.Generator().manual_seed(seed + 10)
+        for _ in range(200):
+            param.grad = param.detach() - target + 0.5 * torch.randn(64, 80, generator=noise)
+            optimizer.step()
+        ends.append(param.detach())
+    way = (ends[0] - start).norm()
+    assert 0 < (ends[1] - ends[0]).norm() < LOW_BIT[state] * way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", LOW_BIT)
+def test_moments_in_fewer_bits_are_saved_as_they_are(state: str, dtype: torch.dtype) -> None:
+    sizes = {"bf16": torch.bfloat16, "8bit": torch.uint8}
+    params = [nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)) for n in (4100, 100)]
+    optimizer = AdamW(params, state=state)
+    for step in range(2):
+        give_gradients(params, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    copies = copy.deepcopy(params)
+    resumed = AdamW(copies)
+    resumed.load_state_dict(torch.load(file))
+    kept = resumed.state[copies[0]]
+    assert kept["exp_avg_sq" if state == "bf16" else "exp_avg_sq_code"].dtype == sizes[state]
+    assert resumed.state[copies[1]]["exp_avg"].dtype == (torch.bfloat16 if state == "bf16" else torch.float32)
+    assert "master" not in kept or kept["master"].dtype == torch.float32
+    for step in range(2, 5):
+        for some, o in ((params, optimizer), (copies, resumed)):
+            give_gradients(some, step)
+            o.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+
+
+def test_a_state_dict_of_torch_is_taken() -> None:
+    params, copies = parameters(), parameters()
+    theirs, ours = torch.optim.AdamW(params, lr=1e-2), AdamW(copies, lr=1.0)
+    give_gradients(params, 0)
+    theirs.step()
+    for a, b in zip(copies, params, strict=True):
+        a.data.copy_(b.data)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))  # as from a file: torch shares what is not copied
+    for some, o in ((params, theirs), (copies, ours)):
+        give_gradients(some, 1)
+        o.step()
+    for a, b in zip(copies, params, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(torch.float32, 2))
+
+
+def test_an_unknown_state_is_refused() -> None:
+    with pytest.raises(ValueError, match="AdamW: state is '4bit', must be one of fp32, bf16, 8bit"):
+        AdamW([nn.Parameter(torch.zeros(2))], state="4bit")
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [

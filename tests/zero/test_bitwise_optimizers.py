@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from lockstep import OPTIMIZERS, plain_training, sharded_training
+from models import Net
 from tolerances import tolerance
 
 import tritonspeed as ts
@@ -17,19 +18,27 @@ OURS = {
     "lion, rounded": partial(ts.optim.Lion, lr=5e-3, stochastic_rounding=True),
     "adagrad": partial(ts.optim.Adagrad, lr=5e-2, lr_decay=0.01, initial_accumulator_value=0.01),
     "adagrad, rounded": partial(ts.optim.Adagrad, lr=5e-2, stochastic_rounding=True),
+    "bf16 moments": partial(ts.optim.AdamW, lr=1e-2, state="bf16"),
+    "8-bit moments": partial(ts.optim.AdamW, lr=1e-2, state="8bit", stochastic_rounding=True),
 }
 OPTIMIZERS.update(OURS)
 
 
+def wide() -> Net:
+    """Slices of more than 4,096 elements, so that moments are in 8 bits."""
+    return Net(vocab=211, width=128, depth=2)
+
+
 def curves(name, precision):
-    small = {"sub_group_size": 1000}
-    return [
-        sharded_training(stage, STEPS, 1, precision, given, optimizer=name)
-        for stage, given in ((0, {}), (1, {}), (2, {}), (3, {}), (3, small))
-    ]
+    variants = [(0, {}), (1, {}), (2, {}), (3, {})]
+    if name != "8-bit moments":  # whose blocks, and what stays fp32, follow the longest chunk
+        variants.append((3, {"sub_group_size": 1000}))
+    make = wide if name == "8-bit moments" else Net
+    return [sharded_training(stage, STEPS, 1, precision, given, make, optimizer=name) for stage, given in variants]
 
 
-CASES = [(name, precision) for name in OURS for precision in (None, "bf16") if precision or "rounded" not in name]
+FP32 = ["lion", "adagrad", "bf16 moments"]  # rounding at random writes bf16 copies
+CASES = [(name, "bf16") for name in OURS] + [(name, None) for name in FP32]
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)

@@ -92,6 +92,21 @@ def test_allocation_is_what_the_equation_says(ranks, world, stage, accumulation,
         assert want.total_rest_bytes <= highest <= sum(peak.values())
 
 
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+@pytest.mark.parametrize(
+    ("stage", "zero"), [(0, {}), (1, {}), (2, {"sub_group_size": 5000}), (3, {}), (3, {"sub_group_size": 4996})]
+)
+def test_moments_in_fewer_bits_are_in_the_equation(ranks, stage, zero, state):
+    settings = config(stage, **zero)
+    settings["optimizer"]["params"]["state"] = state
+    want = ts.estimate(model(), settings, 2)
+    assert want.rest_bytes["optimizer"] < ts.estimate(model(), config(stage, **zero), 2).rest_bytes["optimizer"]
+    for rest, peak, at_rest, _ in ranks(2, measure, settings):
+        assert rest == want.rest_bytes
+        assert at_rest == want.total_rest_bytes
+        assert sum(peak.values()) == pytest.approx(want.total_peak_bytes, rel=WITHIN)
+
+
 def test_the_stages_save_what_the_paper_says():
     """Bytes per parameter between steps, bf16 and AdamW: 2 + 12, and 4 of gradients before them, one after another."""
     with torch.device("meta"):

@@ -19,6 +19,7 @@ ADAM_DEFAULTS: dict[str, Any] = {
     "bias_correction": True,
     "adam_w_mode": True,
     "stochastic_rounding": False,
+    "state": "fp32",
     "torch_adam": False,
     "amsgrad": False,
     "fp32_optimizer_states": True,
@@ -32,10 +33,13 @@ INERT: dict[str, str] = {
     "foreach": "one pass updates a flat shard",
     "fused": "one pass updates a flat shard",
     "set_grad_none": "gradients are released after the step",
-    "fp32_optimizer_states": "moments are fp32",
+    "fp32_optimizer_states": "moments are fp32, or what optimizer.params.state says where there is one",
     "ns_method": "one iteration for all shapes, its symmetric products at half the work",
 }
 """Parameters of our optimizers that are accepted and change nothing, with the reason."""
+
+STATES = ("fp32", "bf16", "8bit")
+"""How Adam's moments can be kept."""
 
 LION_DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
@@ -281,6 +285,8 @@ def check_optimizer_params(name: str, params: dict[str, Any]) -> list[str]:
             )
         else:
             mistakes += _check_param("optimizer", name, each, value, known)
+    if "state" in known and params.get("state", "fp32") not in STATES:
+        mistakes.append(f"optimizer.params.state = {params['state']!r} must be one of {', '.join(STATES)}")
     if params.get("amsgrad") is True and "amsgrad" in known and not _is_torchs(name, params):
         mistakes.append("optimizer.params.amsgrad = true is only in torch's Adam: add torch_adam: true, or drop it")
     return mistakes

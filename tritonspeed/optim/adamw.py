@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritonspeed.kernels import adamw_
+from tritonspeed.kernels import adamw_, adamw_8bit_
 from tritonspeed.kernels._triton import takes_reference
+from tritonspeed.kernels.adamw_8bit import MIN_ELEMS, num_blocks
 from tritonspeed.kernels.multi_tensor import mixed_state_seed
 from tritonspeed.optim.elementwise import ElementwiseOptimizer, Pass
 from tritonspeed.optim.plan import StepPlan, WatchedState
 
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.float32}  # 8bit: of small tensors
 
 
 class AdamW(ElementwiseOptimizer):
@@ -30,7 +31,8 @@ class AdamW(ElementwiseOptimizer):
         stochastic_rounding: round bf16 copies at random and unbiased instead of to nearest.
         rounding_seed: 0 ≤ seed < 2⁶³. The same on every rank, or replicas of a parameter drift apart.
         state: how the moments are kept. "bf16" halves them: rounded once a step, the second one at random and unbiased,
-            by ``rounding_seed`` too.
+            by ``rounding_seed`` too. "8bit" quarters them, in blocks of 256 (``kernels/adamw_8bit.py``); tensors below
+            4,096 elements stay fp32. Sharded, these are a rank's chunks: ``sub_group_size`` is part of the numbers.
         owns_gradients: on a GPU, keep all gradients in one buffer: ``zero_grad`` clears it instead of setting them to
             None, and a step need not look for them: a sixth of the host's time, by the figures in ``plan.py``.
         capturable: on a GPU, let a CUDA graph hold the step: counts and scalars are worked out on the device, and every
@@ -62,7 +64,7 @@ class AdamW(ElementwiseOptimizer):
         bias_correction: bool = True,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
-        state: Literal["fp32", "bf16"] = "fp32",
+        state: Literal["fp32", "bf16", "8bit"] = "fp32",
         owns_gradients: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -132,32 +134,41 @@ class AdamW(ElementwiseOptimizer):
             raise ValueError(f"AdamW: state is {given!r}, must be one of {', '.join(STATE_DTYPES)}")
 
     def _new_state(self, group: dict[str, Any], param: Tensor, first_element: int) -> dict[str, Tensor]:
+        if group["state"] == "8bit" and param.numel() >= MIN_ELEMS:
+            made, blocks = {}, num_blocks(first_element, param.numel())
+            for name in self.STATES:
+                made[f"{name}_code"] = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
+                made[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+            return made
         kind = STATE_DTYPES[group["state"]]
         return {name: torch.zeros(param.shape, dtype=kind, device=param.device) for name in self.STATES}
 
     def _loaded(self, name: str, value: Tensor, param: Tensor) -> Tensor:
+        if value.dtype == torch.uint8:
+            return value
         group = self.param_groups[self._place_of(param)[0]]
-        return value.to(torch.float32 if name == "master" else STATE_DTYPES[group["state"]])
+        return value.to(STATE_DTYPES[group["state"]] if name in self.STATES else torch.float32)
 
     def _run_(self, group: dict[str, Any], at: Pass) -> None:
-        adamw_(
-            at.master,
-            at.flat("exp_avg"),
-            at.flat("exp_avg_sq"),
-            at.grad,
-            step=at.step,
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled"],
-            bias_correction=group["bias_correction"],
-            grad_scale=at.grad_scale,
-            param_out=at.param_out,
-            stochastic_rounding_seed=at.seed,
-            first_element=at.first_element,
-            state_rounding_seed=_state_seed(group, at),
-        )
+        settings = {
+            "step": at.step,
+            "lr": float(group["lr"]),
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": group["decoupled"],
+            "bias_correction": group["bias_correction"],
+            "grad_scale": at.grad_scale,
+            "param_out": at.param_out,
+            "stochastic_rounding_seed": at.seed,
+            "first_element": at.first_element,
+        }
+        if "exp_avg_code" in at.state:
+            moments = [at.flat(f"{name}_{part}") for name in self.STATES for part in ("code", "scale")]
+            adamw_8bit_(at.master, *moments, at.grad, **settings)
+        else:
+            moments = [at.flat(name) for name in self.STATES]
+            adamw_(at.master, *moments, at.grad, state_rounding_seed=_state_seed(group, at), **settings)
 
 
 def _state_seed(group: dict[str, Any], at: Pass) -> int | None:

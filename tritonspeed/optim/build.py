@@ -118,7 +118,11 @@ def _for_torch_adam(params: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "optimizer.params.stochastic_rounding is true, but torch's Adam rounds to nearest: drop one of the two"
         )
-    ours_alone = {"bias_correction", "stochastic_rounding", *INERT} - {"fused", "foreach"}
+    if params.get("state", "fp32") != "fp32":
+        raise ValueError(
+            f"optimizer.params.state is {params['state']!r}, but torch's Adam keeps fp32 moments: drop one of the two"
+        )
+    ours_alone = {"bias_correction", "stochastic_rounding", "state", *INERT} - {"fused", "foreach"}
     return {key: value for key, value in params.items() if key not in ours_alone}
 
 

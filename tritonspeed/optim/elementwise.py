@@ -73,6 +73,9 @@ class ElementwiseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # of torch's optimizer, or of an older version of this one
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         self._places = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,7 +154,7 @@ class ElementwiseOptimizer(Optimizer):
         for key, param in zip(keys, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 if name != "step" and isinstance(value, Tensor):
-                    self.state[param][name] = self._loaded(name, value.to(param.device), param)
+                    self.state[param][name] = self._loaded(name, value.to(param.device), param).contiguous()
 
     def _loaded(self, name: str, value: Tensor, param: Tensor) -> Tensor:
         """A state tensor in the type that it is kept in here."""

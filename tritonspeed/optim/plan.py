@@ -247,7 +247,8 @@ class StepPlan:
         capturable: keep the step counts on the device, and work out there what follows from them.
 
     Attributes:
-        others: parameters with a gradient that no table takes: not contiguous, or of a Tensor class of their own.
+        others: parameters with a gradient that no table takes: not contiguous, with moments in 8 bits, or of a Tensor
+            class of their own.
     """
 
     def __init__(
@@ -354,6 +355,7 @@ def _fits_a_table(param: Tensor, state: dict[str, Any]) -> bool:
         and type(grad) is Tensor
         and not grad.is_sparse
         and param.numel() > 0
+        and "exp_avg" in state  # not in 8 bits, whose blocks another kernel knows
         and all(t.is_contiguous() and t.device == param.device for t in (param, *kept))
         and all(t.dtype in (torch.float32, torch.bfloat16) and t.numel() == param.numel() for t in kept)
         and state["exp_avg"].dtype == state["exp_avg_sq"].dtype
