@@ -3,7 +3,7 @@
 The weight is the left operand, y^T = W · x^T: its rows fill the tensor cores' long side, and its codes go from shared
 memory to registers, are decoded there and multiplied from there. As the right operand they would pass through shared
 memory once more, and 128 × 128 tiles spilled 492 bytes (sm_80) and 304 (sm_100) where these spill none (ptxas, triton
-3.9). Activations are fewer than 16 rows at batch 1 to 16 only, where time goes into reading W.
+3.9). On sm_90 codes are copied 8 bytes at a time, the width in which wgmma's registers are filled; 16 elsewhere.
 
 Where K is split, each part writes its sum to a workspace (S, M, N) and a second kernel adds the parts in order: two
 runs agree to the last bit.
@@ -225,14 +225,15 @@ def matmul_candidates(card: Card, m: int, n: int, k: int, operands: Operands) ->
     return list(dict.fromkeys(splits))
 
 
-def gemv_heuristic(card: Card, n: int, k: int, unit: int) -> GemvLaunch:
+def gemv_heuristic(card: Card, n: int, k: int, unit: int, most_rows: int = 4) -> GemvLaunch:
     """Warps side by side along K until a row is covered; ``unit``: elements that 16 bytes of codes hold."""
     units = triton.cdiv(k, unit)
     num_warps = min(4, max(1, next_power_of_2(units) // card.warp_size))
-    block_n = 4 if n >= 4 * card.num_sms else 2
-    return GemvLaunch(
-        block_n, num_warps, _split_k(card, triton.cdiv(n, block_n), 2 * units // (card.warp_size * num_warps))
-    )
+    block_n = most_rows
+    while block_n > 2 and n < 2 * block_n * card.num_sms:
+        block_n //= 2
+    steps = units // (card.warp_size * num_warps)
+    return GemvLaunch(block_n, num_warps, _split_k(card, triton.cdiv(n, block_n), 2 * steps))
 
 
 def gemv_candidates(card: Card, n: int, k: int, unit: int) -> list[GemvLaunch]:

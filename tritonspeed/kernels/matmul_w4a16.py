@@ -16,10 +16,11 @@ constant plus the zero is taken off. The scale is applied to the fp32 sum of a g
 is closer to the exact one than a product with W in 16 bits.
 
 One row (M = 1) takes no tensor core: a thread reads 16 bytes, 32 weights, and two nibbles v are put into the mantissas
-of 1 + v / 16 and 1 + v / 256, so that a weight costs a shared shift, a logic operation and a multiply-add (2.9
-instructions with all else, H100's fp32 units allow 4.3 at full memory speed). What the ones add up to is
-taken off once for 32 weights. Above some hundred rows W is written as floats first and cuBLAS multiplies
-(``matmul_w4a16``'s ``dequantize``): where, is a guess until it is measured.
+of 1 + v / 16 and 1 + v / 256, so that a weight costs half a shift, a logic operation and a multiply-add. What the ones
+add up to is taken off once for 32 weights. With all else that is 4.6 instructions a weight (sm_90, 8 rows a program;
+5.2 with 4), where an H100 issues 4.4 in the time in which its memory delivers a weight: issue is the limit, just.
+Above some hundred rows W is written as floats first and cuBLAS multiplies (``MatmulLaunch.dequantize``): from where on is
+a guess until it is measured.
 """
 
 from dataclasses import replace
@@ -207,7 +208,8 @@ def _candidates(card: Card, *, m: int, n: int, k: int, group: int, dtype: str) -
 
 
 def _row_heuristic(card: Card, *, n: int, k: int, group: int, dtype: str) -> GemvLaunch:
-    return gemv_heuristic(card, n, k, CHUNK)
+    # a thread shares x among its rows: 8 take 128 registers and 4.6 instructions a weight, 4 take 80 and 5.2 (sm_90)
+    return gemv_heuristic(card, n, k, CHUNK, most_rows=8 if card.backend == "cuda" else 4)
 
 
 def _row_candidates(card: Card, *, n: int, k: int, group: int, dtype: str) -> list[GemvLaunch]:

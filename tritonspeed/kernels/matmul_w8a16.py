@@ -13,7 +13,8 @@ Roof     not measured yet
 
 int8 is exact in fp16 and bf16, and the scale is applied to the fp32 sum, so W is never rounded. One row takes no tensor
 core: a thread reads 16 bytes, and a byte u = q + 128 is put into the mantissa of 1 + u / 256, so that a weight costs a
-shift, a logic operation and a multiply-add where a conversion would run at a quarter of their rate. Many rows go to
+shift, a logic operation and a multiply-add where a conversion would run at a quarter of their rate: 6.2 instructions
+with all else, where an H100 issues 8.8 in the time in which its memory delivers a weight. Many rows go to
 cuBLAS over W written as floats, as in ``matmul_w4a16``; where from on is a guess until it is measured.
 """
 

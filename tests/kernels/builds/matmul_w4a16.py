@@ -15,7 +15,7 @@ def call(m: int, n: int, k: int, groups: int, dtype: torch.dtype = BF16, zeros: 
 
 
 BUILDS = {
-    "bf16, 1 row": Build(lambda: call(1, 4096, 4096, 32, zeros=True)),
+    "bf16, 1 row": Build(lambda: call(1, 8192, 4096, 32, zeros=True)),
     "fp16, 1 row, odd": Build(lambda: call(1, 1001, 11008, 1, FP16)),
     "bf16, 16 rows": Build(lambda: call(16, 4096, 14336, 112, zeros=True), uses_tensor_cores=True),
     "fp16, 16 rows, groups of 32": Build(lambda: call(16, 4096, 4096, 128, FP16, zeros=True), uses_tensor_cores=True),
