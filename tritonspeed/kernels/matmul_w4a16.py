@@ -19,8 +19,8 @@ One row (M = 1) takes no tensor core: a thread reads 16 bytes, 32 weights, and t
 of 1 + v / 16 and 1 + v / 256, so that a weight costs half a shift, a logic operation and a multiply-add. What the ones
 add up to is taken off once for 32 weights. With all else that is 4.6 instructions a weight (sm_90, 8 rows a program;
 5.2 with 4), where an H100 issues 4.4 in the time in which its memory delivers a weight: issue is the limit, just.
-Above some hundred rows W is written as floats first and cuBLAS multiplies (``MatmulLaunch.dequantize``): from where on is
-a guess until it is measured.
+Above some hundred rows W is written as floats first and cuBLAS multiplies (``MatmulLaunch.dequantize``): from where on
+is a guess until it is measured.
 """
 
 from dataclasses import replace
