@@ -22,10 +22,15 @@ STEPS = 4
 NAMES = ["lamb", "muon"]
 
 
+def over_slices(tied: bool = False) -> Net:
+    """Blocks of ten pages, so that a slice of two or three ranks begins within a matrix."""
+    return Net(width=45, tied=tied)
+
+
 def odd_net(dtype: torch.dtype = torch.float32) -> Net:
     """A tied head, a frozen matrix and a frozen bias; weights that bf16 holds exactly."""
     torch.manual_seed(0)
-    net = Net(tied=True)
+    net = over_slices(tied=True)
     net.blocks[0].mix.weight.requires_grad_(False)
     net.blocks[1].up.bias.requires_grad_(False)
     with torch.no_grad():
@@ -73,6 +78,15 @@ def sharded(name: str, precision: str, stage: int, clip: float = 0.0, round_elem
     return {n: p for n, p in held.items() if p is not None}
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_model_is_one_whose_tensors_lie_across_slices(world: int) -> None:
+    """Or nothing below would have to be exchanged."""
+    for itemsize in (2, 4):
+        layout = lay_out([(n, p.shape) for n, p in over_slices().blocks[2].named_parameters()], itemsize, world)
+        pieces = [piece for rank in range(world) for piece in layout.pieces(*layout.interval(rank))]
+        assert len({p.span.name for p in pieces if p.numel < p.span.numel and len(p.span.shape) == 2}) >= world - 1
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_one_rank_equals_the_unsharded_run_to_the_bit(name: str, precision: str) -> None:
@@ -107,7 +121,7 @@ def test_two_ranks_equal_the_unsharded_run_to_the_bit(ranks: Any, name: str, pre
 
 
 def curves(name: str, precision: str | None, accumulation: int, stages: tuple[int, ...]) -> list[Any]:
-    return [sharded_training(stage, STEPS, accumulation, precision, {}, optimizer=name) for stage in stages]
+    return [sharded_training(stage, STEPS, accumulation, precision, {}, over_slices, name) for stage in stages]
 
 
 @pytest.mark.parametrize(("precision", "world"), [(None, 3), ("bf16", 2)])
@@ -125,7 +139,7 @@ def test_stages_agree_to_the_bit_whatever_the_data(ranks: Any, name: str, precis
 @pytest.mark.parametrize("name", ["lamb", "muon in fp32"])
 def test_three_ranks_follow_the_unsharded_run(ranks: Any, name: str) -> None:
     """Ranks with data of their own, accumulation and clipping: the plain run's sums have another order."""
-    losses, norms, masters = plain_training(3, STEPS, 2, optimizer=name)
+    losses, norms, masters = plain_training(3, STEPS, 2, make=over_slices, optimizer=name)
     got_losses, got_norms, got_masters = ranks(3, curves, name, None, 2, (2,))[0][0]
     # the iteration for matrices multiplies what differs by up to 3.4445⁵ = 485 where a singular value is small
     close = tolerance(torch.float32, 4096 if name == "lamb" else 4096 * 25)
