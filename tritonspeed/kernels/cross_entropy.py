@@ -31,8 +31,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tritonspeed.kernels._autograd import once_differentiable
 from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import (
     INTERPRETED,

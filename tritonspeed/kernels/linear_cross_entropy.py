@@ -33,8 +33,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tritonspeed.kernels._autograd import once_differentiable
 from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import check_device, takes_reference
 from tritonspeed.kernels.cross_entropy import (

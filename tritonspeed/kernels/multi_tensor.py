@@ -157,6 +157,7 @@ class MultiTensorLaunch:
 
     @classmethod
     def candidates(cls, card: Card) -> list["MultiTensorLaunch"]:
+        """Shorter chunks too: they even out tensors of mixed sizes."""
         threads = {1024: (128, 256), 2048: (256, 512)}
         return [
             cls(chunk, block, num // card.warp_size)
