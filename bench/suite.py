@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench.harness import PEAKS, device_name, interleaved_ms, num_rotations, stream_gb_per_s, time_call_ms
 from bench.variants import variants_of
+from tritonspeed import comm, tuning
 from tritonspeed.tuning.case import Case
 
 OURS = "ours"
@@ -106,7 +107,8 @@ class Suite:
 
     @classmethod
     def on(cls, device: torch.device) -> "Suite":
-        """Measure the ceilings, and be ready."""
+        """Measure the ceilings, and be ready. Ours are launched as TRITONSPEED_CONFIG_DIR has it, if it is set."""
+        tuning.use_unless_chosen(comm.tuned_folder())
         return cls(device, Ceilings.measured(device), [], [])
 
     def run(self, cases: Sequence[tuple[str, Case]], rounds: int, until: float, max_bytes: int) -> Iterator[Case]:
