@@ -27,7 +27,7 @@ from toys import (
     true_ms,
 )
 
-from tritonspeed import tuning
+from tritonspeed import comm, tuning
 from tritonspeed.kernels import tuned
 from tritonspeed.kernels._triton import recording
 from tritonspeed.kernels.store import SHIPPED, FolderStore, Layers, Unwritable, default_folder
@@ -356,6 +356,19 @@ def test_a_program_that_chose_nothing_gets_the_users_folder(tmp_path: Path, monk
     monkeypatch.setattr(tuned, "_stores", None)
     TOY.forget()
     assert TOY.resolve(CARD, n=128) == ToyLaunch(**BEST)
+
+
+def test_the_environments_folder_is_taken_by_who_chose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.setenv("TRITONSPEED_CONFIG_DIR", str(tmp_path))
+    search_in(tmp_path, Clock())
+    for chosen, taken in ((None, BEST), ([], HEURISTIC)):
+        monkeypatch.setattr(tuned, "_stores", chosen)
+        TOY.forget()
+        tuning.use_unless_chosen(comm.tuned_folder())
+        assert TOY.resolve(CARD, n=128) == ToyLaunch(**taken)
+    monkeypatch.delenv("TRITONSPEED_CONFIG_DIR")
+    assert comm.tuned_folder() is None
 
 
 def test_a_pin_comes_before_every_store(tmp_path: Path) -> None:
