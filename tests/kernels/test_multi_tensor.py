@@ -76,7 +76,9 @@ def test_the_table_gives_the_bits_of_the_flat_kernel(
     scale, seed = torch.tensor(0.37, device=device), 2**62 + 5
     rows = [i % 2 for i in range(len(SIZES))]
     with MULTI_TENSOR_ADAMW.pinned(MultiTensorLaunch(chunk=4096, block=1024, num_warps=4)):
-        table = MultiTensorAdamW(TensorColumns(*ours, outs, rows, range(len(SIZES))), dtype, decoupled, random)
+        table = MultiTensorAdamW(
+            TensorColumns(ours[0], ours[1], ours[2], outs, rows, range(len(SIZES))), dtype, decoupled, random
+        )
     for row, at in enumerate(STEPS):
         table.set_row(row, at, rounding_seed=seed)
     table.set_grads(addresses_of(grads))
@@ -85,8 +87,8 @@ def test_the_table_gives_the_bits_of_the_flat_kernel(
     for i, row in enumerate(rows):
         at = STEPS[row]
         adamw_(
-            *(column[i] for column in plain), grads[i], step=at.step, lr=at.lr, betas=(at.beta1, at.beta2), eps=at.eps,
-            weight_decay=at.weight_decay, decoupled=decoupled, bias_correction=at.bias_correction, grad_scale=scale,
+            plain[0][i], plain[1][i], plain[2][i], grads[i], step=at.step, lr=at.lr, betas=(at.beta1, at.beta2),
+            eps=at.eps, weight_decay=at.weight_decay, decoupled=decoupled, bias_correction=at.bias_correction, grad_scale=scale,
             param_out=None if plain_outs is None else plain_outs[i],
             stochastic_rounding_seed=mixed_seed(seed, i, at.step) if random else None,
         )  # fmt: skip
@@ -97,7 +99,9 @@ def test_the_table_gives_the_bits_of_the_flat_kernel(
 def test_found_inf_leaves_everything_untouched(device: torch.device) -> None:
     columns = [tensors(SIZES, device) for _ in range(3)]
     before = copy.deepcopy(columns)
-    table = MultiTensorAdamW(TensorColumns(*columns, None, [0] * 7, range(7)), torch.float32, True, False)
+    table = MultiTensorAdamW(
+        TensorColumns(columns[0], columns[1], columns[2], None, [0] * 7, range(7)), torch.float32, True, False
+    )
     table.set_row(0, STEPS[0])
     table.set_grads(addresses_of(columns[0]))
     table.upload_()

@@ -183,27 +183,26 @@ def _decode(codes, scale, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _encode(x, SIGNED: tl.constexpr):
+def _encode(x, SIGNED: tl.constexpr, HALF_STEP: tl.constexpr, FIRST_CELLS: tl.constexpr):
     """fp32 [rows, 256] → codes uint8 and the scale of each row."""
     # as integers, so that NaN is the largest: the block is NaN from then on, and is seen
-    scale = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    scale = tl.cast(largest, tl.float32, bitcast=True)
     safe = tl.where(scale == 0.0, 1.0, scale)
     x = tl.div_rn(x, tl.broadcast_to(safe[:, None], x.shape))
     a = tl.where(x == x, tl.abs(x), 0.0)
-    half_step: tl.constexpr = 1.8 if SIGNED else 0.9
-    first_cells: tl.constexpr = 1.0 if SIGNED else 2.0
-    ten = tl.where(a >= 1e-6 * (1 + half_step / 2), 1e5, 1e6)
-    cells = tl.where(a >= 1e-6 * (1 + half_step / 2), 2.0 * first_cells, first_cells)
-    ten = tl.where(a >= 1e-5 * (1 + half_step / 4), 1e4, ten)
-    cells = tl.where(a >= 1e-5 * (1 + half_step / 4), 4.0 * first_cells, cells)
-    ten = tl.where(a >= 1e-4 * (1 + half_step / 8), 1e3, ten)
-    cells = tl.where(a >= 1e-4 * (1 + half_step / 8), 8.0 * first_cells, cells)
-    ten = tl.where(a >= 1e-3 * (1 + half_step / 16), 1e2, ten)
-    cells = tl.where(a >= 1e-3 * (1 + half_step / 16), 16.0 * first_cells, cells)
-    ten = tl.where(a >= 1e-2 * (1 + half_step / 32), 1e1, ten)
-    cells = tl.where(a >= 1e-2 * (1 + half_step / 32), 32.0 * first_cells, cells)
-    ten = tl.where(a >= 1e-1 * (1 + half_step / 64), 1.0, ten).to(tl.float32)
-    cells = tl.where(a >= 1e-1 * (1 + half_step / 64), 64.0 * first_cells, cells).to(tl.float32)
+    ten = tl.where(a >= 1e-6 * (1 + HALF_STEP / 2), 1e5, 1e6)
+    cells = tl.where(a >= 1e-6 * (1 + HALF_STEP / 2), 2.0 * FIRST_CELLS, FIRST_CELLS)
+    ten = tl.where(a >= 1e-5 * (1 + HALF_STEP / 4), 1e4, ten)
+    cells = tl.where(a >= 1e-5 * (1 + HALF_STEP / 4), 4.0 * FIRST_CELLS, cells)
+    ten = tl.where(a >= 1e-4 * (1 + HALF_STEP / 8), 1e3, ten)
+    cells = tl.where(a >= 1e-4 * (1 + HALF_STEP / 8), 8.0 * FIRST_CELLS, cells)
+    ten = tl.where(a >= 1e-3 * (1 + HALF_STEP / 16), 1e2, ten)
+    cells = tl.where(a >= 1e-3 * (1 + HALF_STEP / 16), 16.0 * FIRST_CELLS, cells)
+    ten = tl.where(a >= 1e-2 * (1 + HALF_STEP / 32), 1e1, ten)
+    cells = tl.where(a >= 1e-2 * (1 + HALF_STEP / 32), 32.0 * FIRST_CELLS, cells)
+    ten = tl.where(a >= 1e-1 * (1 + HALF_STEP / 64), 1.0, ten).to(tl.float32)
+    cells = tl.where(a >= 1e-1 * (1 + HALF_STEP / 64), 64.0 * FIRST_CELLS, cells).to(tl.float32)
     j = (a * ten - 0.1) * (cells * 1.1111111111111112)
     j = tl.where(j > 0.0, j, 0.0).to(tl.int32)
     whole = cells.to(tl.int32)
@@ -245,8 +244,8 @@ def _adamw_8bit_tile(
     if DECOUPLED:
         update = decay * p + update
     p = p - update
-    m_codes, m_scale = _encode(m, True)
-    v_codes, v_scale = _encode(v, False)
+    m_codes, m_scale = _encode(m, True, 1.8, 1.0)
+    v_codes, v_scale = _encode(v, False, 0.9, 2.0)
     store(m_ptr + offsets, m_codes, inside)
     store(v_ptr + offsets, v_codes, inside)
     store(m_scale_ptr + rows, m_scale, rows_inside)

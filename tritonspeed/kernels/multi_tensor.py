@@ -66,6 +66,12 @@ def _mixed_seed(seed, place, step):
     return ((x ^ ((x >> 33) & 0x7FFFFFFF)) >> 1) & 0x7FFFFFFFFFFFFFFF
 
 
+@triton.jit
+def _pointer(address, start, dtype):
+    """Element ``start`` of the tensor at an address."""
+    return (address + start * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
+
+
 @triton.jit(do_not_specialize=["num_tensors", "num_chunks", "num_rows"])
 def _multi_tensor_adamw_kernel(
     fixed_ptr, chunks_ptr, moving_ptr, rows_ptr, scale_ptr, found_inf_ptr, num_tensors, num_chunks, num_rows,
@@ -102,13 +108,12 @@ def _multi_tensor_adamw_kernel(
     if STATE_PLACE is not None:  # bf16 moments
         state_seed = _mixed_seed(given_seed, place + STATE_PLACE, step)
 
-    master_ptr = (master + start * 4).to(tl.pointer_type(tl.float32))
-    exp_avg_ptr = (exp_avg + start * (STATE.primitive_bitwidth // 8)).to(tl.pointer_type(STATE))
-    exp_avg_sq_ptr = (exp_avg_sq + start * (STATE.primitive_bitwidth // 8)).to(tl.pointer_type(STATE))
-    grad_ptr = (grad + start * (GRAD.primitive_bitwidth // 8)).to(tl.pointer_type(GRAD))
+    master_ptr = _pointer(master, start, tl.float32)
+    exp_avg_ptr, exp_avg_sq_ptr = _pointer(exp_avg, start, STATE), _pointer(exp_avg_sq, start, STATE)
+    grad_ptr = _pointer(grad, start, GRAD)
     out_ptr = None
     if OUT is not None:
-        out_ptr = (out + start * (OUT.primitive_bitwidth // 8)).to(tl.pointer_type(OUT))
+        out_ptr = _pointer(out, start, OUT)
 
     offsets = tl.arange(0, BLOCK)
     here = tl.minimum(num_left, CHUNK).to(tl.int32)
@@ -157,6 +162,7 @@ class MultiTensorLaunch:
 
     @classmethod
     def candidates(cls, card: Card) -> list["MultiTensorLaunch"]:
+        """What a tuner should try."""
         """Shorter chunks too: they even out tensors of mixed sizes."""
         threads = {1024: (128, 256), 2048: (256, 512)}
         return [

@@ -119,6 +119,7 @@ class AdamW(ElementwiseOptimizer):
             self._plan = StepPlan(self.param_groups, self.state, self._state_of, self.owns_gradients, self.capturable)
             assert self._plan.still_holds(), "a plan that was just made is of this step"
         for param in self._plan.others:
+            assert param.grad is not None, "the others of a plan have gradients"
             self._step_param_(param, param.grad)
         self._plan.step_()
 
@@ -164,11 +165,11 @@ class AdamW(ElementwiseOptimizer):
             "first_element": at.first_element,
         }
         if "exp_avg_code" in at.state:
-            moments = [at.flat(f"{name}_{part}") for name in self.STATES for part in ("code", "scale")]
-            adamw_8bit_(at.master, *moments, at.grad, **settings)
+            m, m_scale, v, v_scale = (at.flat(f"{name}_{part}") for name in self.STATES for part in ("code", "scale"))
+            adamw_8bit_(at.master, m, m_scale, v, v_scale, at.grad, **settings)
         else:
-            moments = [at.flat(name) for name in self.STATES]
-            adamw_(at.master, *moments, at.grad, state_rounding_seed=_state_seed(group, at), **settings)
+            m, v = (at.flat(name) for name in self.STATES)
+            adamw_(at.master, m, v, at.grad, state_rounding_seed=_state_seed(group, at), **settings)
 
 
 def _state_seed(group: dict[str, Any], at: Pass) -> int | None:

@@ -100,8 +100,9 @@ class _Row:
 
     def coefficients(self) -> AdamWStep:
         group = self.group
+        beta1, beta2 = group["betas"]
         return AdamWStep(
-            self.step, float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["decoupled"],
+            self.step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["decoupled"],
             group["bias_correction"], seed=None, first_element=0,
         )  # fmt: skip
 
@@ -184,6 +185,7 @@ class _Table:
         self.flat_grad = torch.zeros(int(ends[-1]), dtype=self.params[0].dtype, device=self.params[0].device)
         for param, start in zip(self.params, (0, *ends[:-1]), strict=True):
             own = self.flat_grad[start : start + param.numel()].view(param.shape)
+            assert param.grad is not None, "members of a table have gradients"
             param.grad = own.copy_(param.grad)
             self.grads.append(own)
         self.grad_addresses = addresses_of(self.grads)
