@@ -88,7 +88,8 @@ def test_the_table_gives_the_bits_of_the_flat_kernel(
         at = STEPS[row]
         adamw_(
             plain[0][i], plain[1][i], plain[2][i], grads[i], step=at.step, lr=at.lr, betas=(at.beta1, at.beta2),
-            eps=at.eps, weight_decay=at.weight_decay, decoupled=decoupled, bias_correction=at.bias_correction, grad_scale=scale,
+            eps=at.eps, weight_decay=at.weight_decay, decoupled=decoupled, bias_correction=at.bias_correction,
+            grad_scale=scale,
             param_out=None if plain_outs is None else plain_outs[i],
             stochastic_rounding_seed=mixed_seed(seed, i, at.step) if random else None,
         )  # fmt: skip

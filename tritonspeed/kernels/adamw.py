@@ -47,6 +47,9 @@ from tritonspeed.kernels.rounding import (
 )
 from tritonspeed.kernels.tuned import Tunable
 
+STATE_SHIFT = (
+    16  # exp_avg_sq takes the high halves of the random words, param_out the low ones: one seed may serve both
+)
 CPU_LANE_ELEMS = 64  # torch's loop is vectorised in steps of at most this many; its scalar rest rounds differently
 
 
@@ -115,7 +118,7 @@ def adamw_reference(
     v = beta2 * exp_avg_sq.to(master.dtype) + one_minus_beta2 * g * g
     exp_avg.copy_(m)
     is_random = state_rounding_seed is not None and exp_avg_sq.dtype == torch.bfloat16
-    exp_avg_sq.copy_(round_stochastic_reference(v, state_rounding_seed, first_element) if is_random else v)
+    exp_avg_sq.copy_(round_stochastic_reference(v, state_rounding_seed, first_element, STATE_SHIFT) if is_random else v)
     update = step_size * (m / (v.sqrt() * inverse_root_c2 + eps))
     master.sub_(decay * master + update if decoupled else update)
     write_copy_(param_out, master, stochastic_rounding_seed, first_element)
@@ -145,7 +148,7 @@ def _adamw_tile(
     if state_seed is None:
         store(exp_avg_sq_ptr + offsets, v, inside)
     else:
-        store(exp_avg_sq_ptr + offsets, round_stochastic(v, first_element, state_seed, BLOCK), inside)
+        store(exp_avg_sq_ptr + offsets, round_stochastic(v, first_element, state_seed, BLOCK, 16), inside)
     store(master_ptr + offsets, p, inside)
     if out_ptr is not None:
         if seed is None:
@@ -255,7 +258,7 @@ def _chunk_step_(start: int, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     m, v = exp_avg.float(), exp_avg_sq.float()
     _torch_step_(master, m, v, grad, at)
     exp_avg.copy_(m)
-    exp_avg_sq.copy_(round_stochastic_reference(v, at.state_seed, at.first_element + start))
+    exp_avg_sq.copy_(round_stochastic_reference(v, at.state_seed, at.first_element + start, STATE_SHIFT))
 
 
 def _adamw_shapes_(*_arguments: object) -> None:
@@ -320,7 +323,8 @@ def adamw_(
         found_inf: one fp32 element; anything but 0 leaves every tensor untouched.
         stochastic_rounding_seed: 0 ≤ seed < 2⁶³ rounds param_out (bf16) at random, unbiased; take a new one each step.
         first_element: index of master[0] in the whole buffer, a multiple of 4: the random bits follow it.
-        state_rounding_seed: 0 ≤ seed < 2⁶³, for bf16 moments: exp_avg_sq is rounded at random; a new one each step.
+        state_rounding_seed: 0 ≤ seed < 2⁶³, for bf16 moments: exp_avg_sq is rounded at random; a new one each step,
+            which may be the other seed's.
 
     Raises:
         ValueError: types, devices or sizes that do not fit, or coefficients out of range.

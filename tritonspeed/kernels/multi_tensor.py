@@ -33,7 +33,6 @@ ROW_WORDS = 8  # int64 words of a row: nine fp32 in words 0 to 4, then seed and 
 SEED_WORD, STEP_WORD = 5, 6
 _NUM_FIXED = 7
 PLACE_STEP = 0x9E3779B97F4A7C15  # 2⁶⁴ over the golden ratio: neighbouring places land far apart
-STATE_PLACES = 2**40  # more than there are tensors
 _MIX = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
 _WORD = 0xFFFFFFFFFFFFFFFF
 
@@ -44,11 +43,6 @@ def mixed_seed(seed: int, place: int, step: int) -> int:
     for multiplier in _MIX:
         x = ((x ^ (x >> 33)) * multiplier) & _WORD
     return (x ^ (x >> 33)) >> 1
-
-
-def mixed_state_seed(seed: int, place: int, step: int) -> int:
-    """Another seed than ``mixed_seed``'s, for the states of the same tensor and step."""
-    return mixed_seed(seed, place + STATE_PLACES, step)
 
 
 def _signed(x: int) -> int:
@@ -76,7 +70,7 @@ def _pointer(address, start, dtype):
 def _multi_tensor_adamw_kernel(
     fixed_ptr, chunks_ptr, moving_ptr, rows_ptr, scale_ptr, found_inf_ptr, num_tensors, num_chunks, num_rows,
     STATE: tl.constexpr, GRAD: tl.constexpr, OUT: tl.constexpr, DECOUPLED: tl.constexpr, RANDOM: tl.constexpr,
-    STATE_PLACE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    RANDOM_STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # noqa: SIM102 — this test is the compiler's, the next one the GPU's
         if tl.load(found_inf_ptr) != 0.0:
@@ -101,12 +95,7 @@ def _multi_tensor_adamw_kernel(
     eps, weight_decay, decay = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
     step_size, inverse_root_c2 = tl.load(at + 7), tl.load(at + 8)
     given_seed, step = tl.load(moving_ptr + row * 8 + 5), tl.load(moving_ptr + row * 8 + 6)
-    seed = None
-    if RANDOM:
-        seed = _mixed_seed(given_seed, place, step)
-    state_seed = None
-    if STATE_PLACE is not None:  # bf16 moments
-        state_seed = _mixed_seed(given_seed, place + STATE_PLACE, step)
+    mixed = _mixed_seed(given_seed, place, step)
 
     master_ptr = _pointer(master, start, tl.float32)
     exp_avg_ptr, exp_avg_sq_ptr = _pointer(exp_avg, start, STATE), _pointer(exp_avg_sq, start, STATE)
@@ -123,6 +112,14 @@ def _multi_tensor_adamw_kernel(
         num_wide = 0
     for tile in range(num_wide):
         first = tile * BLOCK
+        # 0, which the compiler cannot know: it would work out philox's keys before the loop, and 12 scalars more spill
+        # on gfx90a and gfx942. One seed for both, which take other halves of its words: they are drawn once.
+        here_mixed = mixed ^ (tile >> 20)
+        seed, state_seed = None, None
+        if RANDOM:
+            seed = here_mixed
+        if RANDOM_STATE:
+            state_seed = here_mixed
         wide_out_ptr = None
         if OUT is not None:
             wide_out_ptr = tl.multiple_of(out_ptr, 16) + first
@@ -135,6 +132,14 @@ def _multi_tensor_adamw_kernel(
         )  # fmt: skip
     for tile in range(num_wide, tl.cdiv(here, BLOCK)):
         first = tile * BLOCK
+        # 0, which the compiler cannot know: it would work out philox's keys before the loop, and 12 scalars more spill
+        # on gfx90a and gfx942. One seed for both, which take other halves of its words: they are drawn once.
+        here_mixed = mixed ^ (tile >> 20)
+        seed, state_seed = None, None
+        if RANDOM:
+            seed = here_mixed
+        if RANDOM_STATE:
+            state_seed = here_mixed
         tail_out_ptr = None
         if OUT is not None:
             tail_out_ptr = out_ptr + first
@@ -228,8 +233,7 @@ class MultiTensorAdamW:
         out_type = None if columns.outs is None else _type(columns.outs[0].dtype)
         self._types = {"STATE": _type(columns.exp_avgs[0].dtype), "GRAD": _type(grad_dtype), "OUT": out_type}
         self._flags: dict[str, Any] = {"DECOUPLED": decoupled, "RANDOM": stochastic_rounding}
-        is_bf16 = columns.exp_avgs[0].dtype == torch.bfloat16
-        self._flags["STATE_PLACE"] = _signed(STATE_PLACES * PLACE_STEP) if is_bf16 else None
+        self._flags["RANDOM_STATE"] = columns.exp_avgs[0].dtype == torch.bfloat16
         self._fixed = torch.from_numpy(_fixed_words(columns)).to(self.device)
         self._chunks = torch.from_numpy(chunks_of([t.numel() for t in columns.masters], self.launch.chunk))
         self._chunks = self._chunks.to(self.device)

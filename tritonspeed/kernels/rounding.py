@@ -44,13 +44,14 @@ def philox_reference(seed: int | Tensor, counter: Tensor) -> tuple[Tensor, Tenso
     return c0, c1, c2, c3
 
 
-def round_stochastic_reference(x: Tensor, seed: int, first_element: int = 0) -> Tensor:
+def round_stochastic_reference(x: Tensor, seed: int, first_element: int = 0, shift: int = 0) -> Tensor:
     """Round fp32 to bf16 up or down at random, unbiased; NaN and infinity stay what they are.
 
     Args:
         x: (n,) fp32.
         seed: 0 ≤ seed < 2⁶³.
         first_element: index of x[0] in the buffer that x is a slice of, a multiple of ``GROUP_ELEMS``.
+        shift: 0 takes the low half of each word, 16 the high one, for a second tensor of the same seed.
 
     Returns:
         (n,) bf16.
@@ -59,7 +60,7 @@ def round_stochastic_reference(x: Tensor, seed: int, first_element: int = 0) -> 
     first_group, num_groups = first_element // GROUP_ELEMS, -(-x.numel() // GROUP_ELEMS)
     counter = torch.arange(first_group, first_group + num_groups, dtype=torch.int64, device=x.device)
     words = torch.stack(philox_reference(seed, counter), dim=1).flatten()[: x.numel()]
-    bits = x.view(torch.int32) + (words & 0xFFFF).to(torch.int32)
+    bits = x.view(torch.int32) + ((words >> shift) & 0xFFFF).to(torch.int32)
     rounded = (bits & -0x10000).view(torch.float32)
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)  # a NaN of all ones would wrap to −0
 
@@ -116,12 +117,12 @@ def store_rounded(at, x, inside, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def round_stochastic(x, first_element, seed, BLOCK: tl.constexpr):
+def round_stochastic(x, first_element, seed, BLOCK: tl.constexpr, SHIFT: tl.constexpr = 0):
     """fp32 [BLOCK] → bf16, the element at ``first_element`` (a multiple of 4) first."""
     group = first_element // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=tl.constexpr(7))
     pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK/4, 2, 2]: word 2a + b at (·, a, b)
     words = tl.reshape(pairs, [BLOCK])
-    bits = (x.to(tl.uint32, bitcast=True) + (words & 0xFFFF)) & 0xFFFF0000
+    bits = (x.to(tl.uint32, bitcast=True) + ((words >> SHIFT) & 0xFFFF)) & 0xFFFF0000
     return tl.where(x == x, bits, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True).to(tl.bfloat16)

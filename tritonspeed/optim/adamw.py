@@ -13,7 +13,7 @@ from torch import Tensor
 from tritonspeed.kernels import adamw_, adamw_8bit_
 from tritonspeed.kernels._triton import takes_reference
 from tritonspeed.kernels.adamw_8bit import MIN_ELEMS, num_blocks
-from tritonspeed.kernels.multi_tensor import mixed_state_seed
+from tritonspeed.kernels.multi_tensor import mixed_seed
 from tritonspeed.optim.elementwise import ElementwiseOptimizer, Pass
 from tritonspeed.optim.plan import StepPlan, WatchedState
 
@@ -175,4 +175,4 @@ class AdamW(ElementwiseOptimizer):
 def _state_seed(group: dict[str, Any], at: Pass) -> int | None:
     if at.state["exp_avg_sq"].dtype == torch.float32:
         return None
-    return mixed_state_seed(group["rounding_seed"], at.place, at.step)
+    return mixed_seed(group["rounding_seed"], at.place, at.step)
