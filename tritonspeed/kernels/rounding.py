@@ -117,7 +117,7 @@ def store_rounded(at, x, inside, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def round_stochastic(x, first_element, seed, BLOCK: tl.constexpr, SHIFT: tl.constexpr = 0):
+def round_stochastic(x, first_element, seed, BLOCK: tl.constexpr, SHIFT=0):
     """fp32 [BLOCK] → bf16, the element at ``first_element`` (a multiple of 4) first."""
     group = first_element // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
