@@ -354,7 +354,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, statistics, scale = ctx.saved_tensors
         # a compiled graph may not change what it has saved, and reuses memory by itself
         if ctx.overwrite_logits and not torch.compiler.is_compiling():

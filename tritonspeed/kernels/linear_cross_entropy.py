@@ -268,7 +268,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         wants, others = ctx.needs_input_grad[:3], (None,) * (4 + len(ctx.options))
         hidden_dtype, weight_dtype = ctx.dtypes
         dtypes = hidden_dtype, weight_dtype, weight_dtype
