@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.harness import RESULTS, device_name, machine
 from bench.results_page import newest, save, write_report
-from bench.suite import Suite
+from bench.suite import Suite, in_turns
 from tritonspeed.tuning.cases import all_cases, families
 from tritonspeed.tuning.shapes import MODELS, load_shapes
 
@@ -39,6 +39,8 @@ def main() -> None:
     run.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
     run.add_argument("--rounds", type=int, default=10, help="how often each variant is timed")
     run.add_argument("--time-limit", type=float, default=3600.0, help="seconds")
+    run.add_argument("--skip", nargs="+", default=[], help="peers to leave out, by a part of their name")
+    run.add_argument("--what", default="kernels", help="what the result's file is called")
     run.add_argument("--max-bytes", type=float, help="leave out cases that move more")
     report = commands.add_parser("report", help="tables and pictures")
     report.add_argument("files", nargs="*", type=Path)
@@ -57,20 +59,22 @@ def _run(arguments: argparse.Namespace) -> None:
     by_label = {
         case.label: (model, case)
         for model in arguments.models
-        for family in all_cases([load_shapes(model)], dtype, arguments.ops).values()
-        for case in family
+        for case in in_turns(all_cases([load_shapes(model)], dtype, arguments.ops).values())
     }
     unique = list(by_label.values())
     console = Console(width=150)
     suite = Suite.on(device)
+    suite.skipped = tuple(arguments.skip)
+    name = "-".join("".join(c if c.isalnum() else " " for c in device_name(device)).split()).lower()
+    path = arguments.out / f"{date.today().isoformat()}_{name}_{arguments.what}-{arguments.dtype}.json"
+    header = machine(device)
     columns = TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("measuring", total=len(unique))
         for case in suite.run(unique, arguments.rounds, until, int(arguments.max_bytes or MAX_BYTES[device.type])):
             progress.update(task, advance=1, description=case.label)
-    name = "-".join("".join(c if c.isalnum() else " " for c in device_name(device)).split()).lower()
-    path = arguments.out / f"{date.today().isoformat()}_{name}_kernels-{arguments.dtype}.json"
-    save(path, suite, machine(device))
+            save(path, suite, header)  # after every case: a kill loses one
+    save(path, suite, header)
     write_report(path, console)
     if suite.num_left:
         console.print(f"the time was up: {suite.num_left} cases were not measured")

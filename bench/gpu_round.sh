@@ -23,8 +23,10 @@ export PYTHONUNBUFFERED=1
 export TRITONSPEED_CONFIG_DIR=$out/tuned
 part kernels 150 "$python" -m pytest -m gpu tests/kernels tests/optim
 part engine 70 "$python" -m pytest -m gpu tests --ignore tests/kernels --ignore tests/optim --basetemp "$out/engine"
-part tune 130 "$python" -m tritonspeed.cli tune --shapes llama8b --time-limit 110
-part suite 160 "$python" -m bench run --models llama8b gpt2 --time-limit 130 --out "$out"
+part tune 120 "$python" -m tritonspeed.cli tune --shapes llama8b --time-limit 100
+part suite 125 "$python" -m bench run --models llama8b gpt2 --skip torch.compile --time-limit 105 --out "$out"
+part compiled 60 "$python" -m bench run --models llama8b --what against-compile --time-limit 40 --out "$out" \
+    --ops norms softmax activation cross_entropy
 tar -czf "$out/tuned.tgz" -C "$out" tuned 2>>"$out/round.log" && rm -rf "$out/tuned"
 tar -czf "$out/engine.tgz" -C "$out" engine 2>>"$out/round.log" && rm -rf "$out/engine"   # holds the trace, for Perfetto
 

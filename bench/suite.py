@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -97,12 +98,18 @@ class Absent:
 
 @dataclass
 class Suite:
-    """A run in progress: what was measured, what could not be, and whether the time was up before the end."""
+    """A run in progress: what was measured, what could not be, and whether the time was up before the end.
+
+    Attributes:
+        skipped: peers whose name contains one of these are left out.
+        num_left: cases that the time was too short for.
+    """
 
     device: torch.device
     ceilings: Ceilings
     rows: list[Row]
     absent: list[Absent]
+    skipped: tuple[str, ...] = ()
     num_left: int = 0
 
     @classmethod
@@ -136,16 +143,22 @@ class Suite:
         self.rows += found
         return found
 
-    def _prepare(self, case: Case, sets: list[Any]) -> tuple[dict[str, list[Callable[[], Any]]], dict[str, float]]:
+    def _prepare(
+        self, case: Case, sets: list[Any]
+    ) -> tuple[dict[str, list[Callable[[], Any]]], dict[str, float | None]]:
         """Name → one call per set of buffers, each tried once; and each variant's error."""
         exact = self._exact(case)
-        calls, errors = {}, {}
+        calls: dict[str, list[Callable[[], Any]]] = {}
+        errors: dict[str, float | None] = {}
         for name, prepare in {OURS: _ours(case), **variants_of(case, self.device)}.items():
+            if name != OURS and any(skipped in name for skipped in self.skipped):
+                continue
             try:
-                made = [prepare(inputs) for inputs in sets]
-                got = _first_tensor(made[0]())
-                errors[name] = _relative_error(got, exact)
-                calls[name] = made
+                if exact is not None:  # on inputs of its own: some work in place
+                    got = _first_tensor(prepare(case.make(self.device, 0))())
+                    errors[name] = _relative_error(got, exact)
+                calls[name] = [prepare(inputs) for inputs in sets]
+                calls[name][0]()
             except Exception as error:  # a peer's any failure is a fact about the peer
                 first = next(iter(str(error).splitlines()), "")[:MAX_REASON_CHARS]
                 self.absent.append(Absent(case.label, name, f"{type(error).__name__}: {first}"))
@@ -219,6 +232,12 @@ def _relative_error(got: Tensor | None, exact: Tensor | None) -> float | None:
     if got is None or exact is None or got.shape != exact.shape:
         return None
     return ((got.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)).item()
+
+
+def in_turns(families: Iterable[Sequence[Case]]) -> list[Case]:
+    """The largest case of every family, then the second largest, ...: what a time limit cuts off is small."""
+    queues = [sorted(family, key=lambda case: -case.num_bytes) for family in families]
+    return [case for turn in zip_longest(*queues) for case in turn if case is not None]
 
 
 def lost(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
