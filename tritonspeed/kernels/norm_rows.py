@@ -161,7 +161,8 @@ def _norm_forward_kernel(
     LATE: tl.constexpr = ROWS * BLOCK > 8192  # before the sums they load beside z, after them they need no registers
     w, b = None, None
     if not LATE:
-        w, b = read_weights(weight_ptr, column, in_row, ACC), read_weights(bias_ptr, column, in_row, ACC)
+        w = read_weights(weight_ptr, column, in_row, ACC)
+        b = read_weights(bias_ptr, column, in_row, ACC)
     edge, in_edges = find_edges(head, n, VEC)  # what follows of it is not compiled where there are no edges
     edge_at, edge_inside, edge_z = row * n + edge, in_edges & is_row, z
     if EDGES:
@@ -183,12 +184,14 @@ def _norm_forward_kernel(
         tl.store(mean_ptr + row, mean, mask=is_row)
     tl.store(rstd_ptr + row, rstd, mask=is_row)
     if LATE:
-        w, b = read_weights(weight_ptr, column, in_row, ACC), read_weights(bias_ptr, column, in_row, ACC)
+        w = read_weights(weight_ptr, column, in_row, ACC)
+        b = read_weights(bias_ptr, column, in_row, ACC)
     write_y(y_ptr, at, z, mean, rstd, w, b, offset, inside, CENTRED, INTERPRET)
     if z_ptr is not None:
         store_rounded(z_ptr + at, z, inside, INTERPRET)
     if EDGES:
-        w, b = read_weights(weight_ptr, edge, in_edges, ACC), read_weights(bias_ptr, edge, in_edges, ACC)
+        w = read_weights(weight_ptr, edge, in_edges, ACC)
+        b = read_weights(bias_ptr, edge, in_edges, ACC)
         write_y(y_ptr, edge_at, edge_z, mean, rstd, w, b, offset, edge_inside, CENTRED, INTERPRET)
         if z_ptr is not None:
             store_rounded(z_ptr + edge_at, edge_z, edge_inside, INTERPRET)
@@ -251,10 +254,12 @@ def _norm_forward_long_kernel(
             z = load(z_ptr + at, inside, ACC, "")
         else:
             z = read_z(x_ptr, None, at, begin, inside, seed, p, scale, ACC, "evict_first", INTERPRET)
-        w, b = read_weights(weight_ptr, column, inside, ACC), read_weights(bias_ptr, column, inside, ACC)
+        w = read_weights(weight_ptr, column, inside, ACC)
+        b = read_weights(bias_ptr, column, inside, ACC)
         write_y(y_ptr, at, z, mean, rstd, w, b, offset, inside, CENTRED, INTERPRET)
     if EDGES:
-        w, b = read_weights(weight_ptr, edge, in_edges, ACC), read_weights(bias_ptr, edge, in_edges, ACC)
+        w = read_weights(weight_ptr, edge, in_edges, ACC)
+        b = read_weights(bias_ptr, edge, in_edges, ACC)
         write_y(y_ptr, edge_at, edge_z, mean, rstd, w, b, offset, in_edges, CENTRED, INTERPRET)
 
 
