@@ -1,12 +1,12 @@
 """Lion and Adagrad as optimizers, and what all elementwise ones share: trajectories, state dicts, flat steps."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from odd_parameters import give_gradients, parameters, saved_state
 from tolerances import tolerance
 from torch import Tensor, nn
 
@@ -40,25 +40,11 @@ MAKERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]]
 }
 
 
-def parameters(seed: int = 3, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    """Odd shapes: a scalar, an empty one, a channels-last one, a matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(shape, generator=generator) for shape in ((), (0,), (2, 3, 4, 5), (17, 33))]
-    tensors[2] = tensors[2].contiguous(memory_format=torch.channels_last)
-    return [nn.Parameter(tensor.to(dtype)) for tensor in tensors]
-
-
-def give_gradients(params: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_hundred_steps_follow_fp64_through_groups_and_a_schedule(name: str, seed: int) -> None:
     make, make_exact, options = MAKERS[name]
-    ours = parameters(seed)
+    ours = parameters(seed=seed)
     exact = [nn.Parameter(p.detach().double()) for p in ours]
 
     def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -86,12 +72,9 @@ def test_a_saved_run_goes_on_to_the_last_bit(name: str, dtype: torch.dtype) -> N
     for step in range(3):
         give_gradients(ours, step)
         optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
     copies = copy.deepcopy(ours)
     resumed = make(copies, lr=99.0)
-    resumed.load_state_dict(torch.load(file))
+    resumed.load_state_dict(saved_state(optimizer))
     assert all({t.dtype for t in state.values()} == {torch.float32} for state in resumed.state.values())
     twin = copy.deepcopy(optimizer)
     for step in range(3, 6):
@@ -162,12 +145,9 @@ def test_moments_in_fewer_bits_are_saved_as_they_are(state: str, dtype: torch.dt
     for step in range(2):
         give_gradients(params, step)
         optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
     copies = copy.deepcopy(params)
     resumed = AdamW(copies)
-    resumed.load_state_dict(torch.load(file))
+    resumed.load_state_dict(saved_state(optimizer))
     kept = resumed.state[copies[0]]
     assert kept["exp_avg_sq" if state == "bf16" else "exp_avg_sq_code"].dtype == sizes[state]
     assert resumed.state[copies[1]]["exp_avg"].dtype == (torch.bfloat16 if state == "bf16" else torch.float32)

@@ -1,30 +1,16 @@
 """LAMB as an optimizer: fifty steps against fp64, 16-bit parameters, groups, state dicts, and its flat halves."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
+from odd_parameters import give_gradients, parameters, saved_state
 from tolerances import tolerance
 from torch import Tensor, nn
 
 from tritonspeed.kernels.intervals import Intervals
 from tritonspeed.optim.lamb import Lamb
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    """Odd shapes: a scalar, an empty one, a channels-last one, a matrix."""
-    generator = torch.Generator().manual_seed(3)
-    tensors = [torch.randn(shape, generator=generator) for shape in ((), (0,), (2, 3, 4, 5), (17, 33))]
-    tensors[2] = tensors[2].contiguous(memory_format=torch.channels_last)
-    return [nn.Parameter(tensor.to(dtype)) for tensor in tensors]
-
-
-def give_gradients(params: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
 
 
 class Exact:
@@ -113,12 +99,9 @@ def test_a_saved_run_goes_on_to_the_last_bit() -> None:
     for step in range(3):
         give_gradients(ours, step)
         optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
     copies = copy.deepcopy(ours)
     resumed = Lamb(copies, lr=99.0)
-    resumed.load_state_dict(torch.load(file))
+    resumed.load_state_dict(saved_state(optimizer))
     for step in range(3, 6):
         for params, o in ((ours, optimizer), (copies, resumed)):
             give_gradients(params, step)

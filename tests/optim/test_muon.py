@@ -1,13 +1,13 @@
 """Muon as an optimizer: torch's numbers over fifty steps, which parameters are whose, and its contract."""
 
 import copy
-import io
 import math
 from typing import Any
 
 import pytest
 import torch
 from models import Net
+from odd_parameters import give_gradients, saved_state
 from tolerances import tolerance
 from torch import Tensor, nn
 
@@ -23,12 +23,6 @@ SHAPES = ((17, 33), (33, 17), (17, 33), (1, 9), (20, 20))
 def matrices(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(3)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-
-
-def give_gradients(params: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
 
 
 class Exact:
@@ -165,12 +159,9 @@ def test_a_saved_run_goes_on_to_the_last_bit() -> None:
     for step in range(3):
         give_gradients(ours, step)
         optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
     copies = copy.deepcopy(ours)
     resumed = Muon(copies, lr=99.0)
-    resumed.load_state_dict(torch.load(file))
+    resumed.load_state_dict(saved_state(optimizer))
     for step in range(3, 6):
         for params, o in ((ours, optimizer), (copies, resumed)):
             give_gradients(params, step)
