@@ -60,12 +60,6 @@ def _mixed_seed(seed, place, step):
     return ((x ^ ((x >> 33) & 0x7FFFFFFF)) >> 1) & 0x7FFFFFFFFFFFFFFF
 
 
-@triton.jit
-def _pointer(address, start, dtype):
-    """Element ``start`` of the tensor at an address."""
-    return (address + start * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
-
-
 @triton.jit(do_not_specialize=["num_tensors", "num_chunks", "num_rows"])
 def _multi_tensor_adamw_kernel(
     fixed_ptr, chunks_ptr, moving_ptr, rows_ptr, scale_ptr, found_inf_ptr, num_tensors, num_chunks, num_rows,
@@ -97,12 +91,15 @@ def _multi_tensor_adamw_kernel(
     given_seed, step = tl.load(moving_ptr + row * 8 + 5), tl.load(moving_ptr + row * 8 + 6)
     mixed = _mixed_seed(given_seed, place, step)
 
-    master_ptr = _pointer(master, start, tl.float32)
-    exp_avg_ptr, exp_avg_sq_ptr = _pointer(exp_avg, start, STATE), _pointer(exp_avg_sq, start, STATE)
-    grad_ptr = _pointer(grad, start, GRAD)
+    # cast here and not in a helper: triton 3.6 to 3.8 lose the hints below on what a call returned, and load scalars
+    STATE_BYTES: tl.constexpr = STATE.primitive_bitwidth // 8
+    master_ptr = (master + start * 4).to(tl.pointer_type(tl.float32))
+    exp_avg_ptr = (exp_avg + start * STATE_BYTES).to(tl.pointer_type(STATE))
+    exp_avg_sq_ptr = (exp_avg_sq + start * STATE_BYTES).to(tl.pointer_type(STATE))
+    grad_ptr = (grad + start * (GRAD.primitive_bitwidth // 8)).to(tl.pointer_type(GRAD))
     out_ptr = None
     if OUT is not None:
-        out_ptr = _pointer(out, start, OUT)
+        out_ptr = (out + start * (OUT.primitive_bitwidth // 8)).to(tl.pointer_type(OUT))
 
     offsets = tl.arange(0, BLOCK)
     here = tl.minimum(num_left, CHUNK).to(tl.int32)
