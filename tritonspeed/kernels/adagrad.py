@@ -24,7 +24,16 @@ from torch import Tensor
 
 from tritonspeed.kernels._ops import register
 from tritonspeed.kernels._triton import INTERPRETED, card_of, launch, on_device_of, tl, triton
-from tritonspeed.kernels.flat_update import FlatLaunch, FlatTensors, check_flat, update_on_cpu_, write_copy_
+from tritonspeed.kernels.flat_update import (
+    FlatLaunch,
+    FlatTensors,
+    check_flat,
+    check_step,
+    split_arguments,
+    update_on_cpu_,
+    update_shapes_,
+    write_copy_,
+)
 from tritonspeed.kernels.rounding import load_fp32, round_nearest, round_stochastic, store
 from tritonspeed.kernels.tuned import Tunable
 
@@ -166,8 +175,8 @@ def _adagrad_chunk_(master: Tensor, sum_of_squares: Tensor, grad: Tensor, at: Ad
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[FlatTensors, AdagradStep]:
-    master, sum_of_squares, *rest = arguments[:6]
-    return FlatTensors(master, (sum_of_squares,), *rest), AdagradStep(*arguments[6:])
+    tensors, numbers = split_arguments(arguments, num_states=1)
+    return tensors, AdagradStep(*numbers)
 
 
 def _launched_(*arguments: Any) -> None:
@@ -179,16 +188,12 @@ def _on_cpu_(*arguments: Any) -> None:
     update_on_cpu_(tensors, lambda _, *chunk: _adagrad_chunk_(*chunk, at=at), at.seed, at.first_element)
 
 
-def _adagrad_shapes_(*_arguments: object) -> None:
-    """The op on tensors without data: it returns nothing and changes no shape."""
-
-
 register(
     "adagrad_(Tensor(a!) master, Tensor(b!) sum_of_squares, Tensor grad, Tensor? grad_scale, Tensor(c!)? param_out,"
     " Tensor? found_inf, SymInt step, float lr, float lr_decay, float eps, float weight_decay, SymInt? seed,"
     " SymInt first_element) -> ()",
     _launched_,
-    _adagrad_shapes_,
+    update_shapes_,
     _on_cpu_,
 )
 
@@ -228,8 +233,7 @@ def adagrad_(
     """
     tensors = FlatTensors(master, (sum_of_squares,), grad, grad_scale, param_out, found_inf)
     check_flat("adagrad_", tensors, ("sum_of_squares",), (stochastic_rounding_seed, first_element))
-    if step < 1:
-        raise ValueError(f"adagrad_: step is {step}, must be at least 1: count the step before the call")
+    check_step("adagrad_", step)
     torch.ops.tritonspeed.adagrad_(
         master, sum_of_squares, grad, grad_scale, param_out, found_inf, step, lr, lr_decay, eps, weight_decay,
         stochastic_rounding_seed, first_element,

@@ -35,7 +35,10 @@ from tritonspeed.kernels.flat_update import (
     check_betas,
     check_flat,
     check_rounding,
+    check_step,
+    split_arguments,
     update_on_cpu_,
+    update_shapes_,
     write_copy_,
 )
 from tritonspeed.kernels.rounding import (
@@ -261,18 +264,13 @@ def _chunk_step_(start: int, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     exp_avg_sq.copy_(round_stochastic_reference(v, at.state_seed, at.first_element + start, STATE_SHIFT))
 
 
-def _adamw_shapes_(*_arguments: object) -> None:
-    """The op on tensors without data: it returns nothing and changes no shape."""
-
-
 def _launched_(*arguments: Any) -> None:
     launch_adamw_(*arguments[:7], at=AdamWStep(*arguments[7:]))
 
 
 def _on_cpu_(*arguments: Any) -> None:
-    master, exp_avg, exp_avg_sq, *rest = arguments[:7]
-    at = AdamWStep(*arguments[7:])
-    tensors = FlatTensors(master, (exp_avg, exp_avg_sq), *rest)
+    tensors, numbers = split_arguments(arguments, num_states=2)
+    at = AdamWStep(*numbers)
     update_on_cpu_(tensors, lambda *chunk: _chunk_step_(*chunk, at=at), at.seed, at.first_element)
 
 
@@ -282,7 +280,7 @@ register(
     " float weight_decay, bool decoupled, bool bias_correction, SymInt? seed, SymInt first_element,"
     " SymInt? state_seed=None) -> ()",
     _launched_,
-    _adamw_shapes_,
+    update_shapes_,
     _on_cpu_,
 )
 
@@ -335,8 +333,7 @@ def adamw_(
     check_flat("adamw_", tensors, ("exp_avg", "exp_avg_sq"), rounding, state_dtype)
     check_rounding("adamw_", exp_avg_sq, state_rounding_seed, first_element)
     check_betas("adamw_", betas)
-    if step < 1:
-        raise ValueError(f"adamw_: step is {step}, must be at least 1: count the step before the call")
+    check_step("adamw_", step)
     torch.ops.tritonspeed.adamw_(
         master, exp_avg, exp_avg_sq, grad, grad_scale, param_out, found_inf, step, lr, *betas, eps, weight_decay,
         decoupled, bias_correction, stochastic_rounding_seed, first_element, state_rounding_seed,

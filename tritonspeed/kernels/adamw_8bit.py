@@ -36,8 +36,11 @@ from tritonspeed.kernels.flat_update import (
     FlatTensors,
     check_betas,
     check_flat,
+    check_step,
     check_tensor,
+    split_arguments,
     update_on_cpu_,
+    update_shapes_,
 )
 from tritonspeed.kernels.rounding import load_fp32, round_nearest, round_stochastic, store
 from tritonspeed.kernels.tuned import Tunable
@@ -332,7 +335,8 @@ def launch_adamw_8bit_(tensors: FlatTensors, at: AdamWStep) -> None:
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[FlatTensors, AdamWStep]:
-    return FlatTensors(arguments[0], arguments[1:5], *arguments[5:9]), AdamWStep(*arguments[9:])
+    tensors, numbers = split_arguments(arguments, num_states=4)
+    return tensors, AdamWStep(*numbers)
 
 
 def _launched_(*arguments: Any) -> None:
@@ -367,17 +371,13 @@ def _piece_on_cpu_(tensors: FlatTensors, at: AdamWStep, piece_start: int, piece_
     update_on_cpu_(bare, update_, at.seed, first)
 
 
-def _adamw_8bit_shapes_(*_arguments: object) -> None:
-    """The op on tensors without data: it returns nothing and changes no shape."""
-
-
 register(
     "adamw_8bit_(Tensor(a!) master, Tensor(b!) exp_avg_code, Tensor(c!) exp_avg_scale, Tensor(d!) exp_avg_sq_code,"
     " Tensor(e!) exp_avg_sq_scale, Tensor grad, Tensor? grad_scale, Tensor(f!)? param_out, Tensor? found_inf,"
     " SymInt step, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled,"
     " bool bias_correction, SymInt? seed, SymInt first_element) -> ()",
     _launched_,
-    _adamw_8bit_shapes_,
+    update_shapes_,
     _on_cpu_,
 )
 
@@ -424,8 +424,7 @@ def adamw_8bit_(
     for name, scales in (("exp_avg_scale", exp_avg_scale), ("exp_avg_sq_scale", exp_avg_sq_scale)):
         check_tensor("adamw_8bit_", name, scales, (torch.float32,), master, numel=blocks)
     check_betas("adamw_8bit_", betas)
-    if step < 1:
-        raise ValueError(f"adamw_8bit_: step is {step}, must be at least 1: count the step before the call")
+    check_step("adamw_8bit_", step)
     torch.ops.tritonspeed.adamw_8bit_(
         master, exp_avg_code, exp_avg_scale, exp_avg_sq_code, exp_avg_sq_scale, grad, grad_scale, param_out, found_inf,
         step, lr, *betas, eps, weight_decay, decoupled, bias_correction, stochastic_rounding_seed, first_element,

@@ -5,6 +5,7 @@ An update reads a gradient in fp32, bf16 or fp16, keeps master and states in fp3
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,30 @@ def check_betas(operation: str, betas: tuple[float, float]) -> None:
     """
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{operation}: betas are {betas}, each must be in [0, 1)")
+
+
+def check_step(operation: str, step: int) -> None:
+    """Refuse a step that nothing was counted for.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if step < 1:
+        raise ValueError(f"{operation}: step is {step}, must be at least 1: count the step before the call")
+
+
+def split_arguments(arguments: tuple[Any, ...], num_states: int) -> tuple[FlatTensors, tuple[Any, ...]]:
+    """An operator's arguments: (its tensors, the numbers of the step).
+
+    Args:
+        arguments: master, the states, grad, grad_scale, param_out, found_inf, then the numbers.
+    """
+    first, last = 1 + num_states, 5 + num_states
+    return FlatTensors(arguments[0], arguments[1:first], *arguments[first:last]), arguments[last:]
+
+
+def update_shapes_(*_arguments: object) -> None:
+    """An update on tensors without data: it returns nothing and changes no shape."""
 
 
 def update_on_cpu_(tensors: FlatTensors, update_: Callable[..., None], seed: int | None, first_element: int) -> None:

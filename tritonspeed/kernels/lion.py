@@ -31,7 +31,9 @@ from tritonspeed.kernels.flat_update import (
     FlatTensors,
     check_betas,
     check_flat,
+    split_arguments,
     update_on_cpu_,
+    update_shapes_,
     write_copy_,
 )
 from tritonspeed.kernels.rounding import load_fp32, round_nearest, round_stochastic, store
@@ -171,8 +173,8 @@ def _lion_chunk_(master: Tensor, exp_avg: Tensor, grad: Tensor, at: LionStep) ->
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[FlatTensors, LionStep]:
-    master, exp_avg, *rest = arguments[:6]
-    return FlatTensors(master, (exp_avg,), *rest), LionStep(*arguments[6:])
+    tensors, numbers = split_arguments(arguments, num_states=1)
+    return tensors, LionStep(*numbers)
 
 
 def _launched_(*arguments: Any) -> None:
@@ -184,16 +186,12 @@ def _on_cpu_(*arguments: Any) -> None:
     update_on_cpu_(tensors, lambda _, *chunk: _lion_chunk_(*chunk, at=at), at.seed, at.first_element)
 
 
-def _lion_shapes_(*_arguments: object) -> None:
-    """The op on tensors without data: it returns nothing and changes no shape."""
-
-
 register(
     "lion_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor grad, Tensor? grad_scale, Tensor(c!)? param_out,"
     " Tensor? found_inf, float lr, float beta1, float beta2, float weight_decay, SymInt? seed,"
     " SymInt first_element) -> ()",
     _launched_,
-    _lion_shapes_,
+    update_shapes_,
     _on_cpu_,
 )
 
