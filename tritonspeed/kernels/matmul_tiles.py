@@ -10,6 +10,7 @@ runs agree to the last bit.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,18 @@ class MatmulLaunch:
     num_stages: int
     dequantize: int = 0
 
+    def grid(self, m: int, n: int) -> tuple[int, int]:
+        """Programs: tiles, parts of K."""
+        return triton.cdiv(m, self.block_m) * triton.cdiv(n, self.block_n), self.split_k
+
+    def options(self, k: int) -> dict[str, Any]:
+        """What every kernel by tiles is compiled for."""
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "SPLIT_K": self.split_k,
+            "GROUP_M": self.group_m, "EVEN_K": k % self.block_k == 0, "INTERPRET": INTERPRETED,
+            "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class GemvLaunch:
@@ -142,6 +155,17 @@ class GemvLaunch:
     block_n: int
     num_warps: int
     split_k: int
+
+    def grid(self, n: int) -> tuple[int, int]:
+        """Programs: blocks of rows of W, parts of K."""
+        return triton.cdiv(n, self.block_n), self.split_k
+
+    def options(self, card: Card) -> dict[str, Any]:
+        """What every kernel of one row is compiled for."""
+        return {
+            "BLOCK_N": self.block_n, "UNITS": self.num_warps * card.warp_size, "SPLIT_K": self.split_k,
+            "INTERPRET": INTERPRETED, "num_warps": self.num_warps,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

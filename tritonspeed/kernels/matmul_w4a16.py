@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed.kernels._ops import register
-from tritonspeed.kernels._triton import INTERPRETED, card_of, launch, on_device_of, takes_reference, tl, triton
+from tritonspeed.kernels._triton import card_of, launch, on_device_of, takes_reference, tl, triton
 from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.dequantize_weight import launch_dequantize_weight
 from tritonspeed.kernels.matmul_call import WIDE_DTYPES, check_shapes, check_types, linear, product_of, rows_of
@@ -227,10 +227,8 @@ def _launch_row(
     how = W4A16_ROW.resolve(card, n=n, k=k, group=group % k, dtype=dtype_name(x.dtype))
     parts = split_output(1, n, how.split_k, out, torch.float32)
     launch(
-        _w4a16_row_kernel, (triton.cdiv(n, how.block_n), how.split_k),
-        x, codes.view(torch.int32), scales, zeros, bias, parts, n, k, group, BLOCK_N=how.block_n,
-        UNITS=how.num_warps * card.warp_size, SPLIT_K=how.split_k, ZERO=SYMMETRIC_ZERO, INTERPRET=INTERPRETED,
-        num_warps=how.num_warps,
+        _w4a16_row_kernel, how.grid(n),
+        x, codes.view(torch.int32), scales, zeros, bias, parts, n, k, group, ZERO=SYMMETRIC_ZERO, **how.options(card),
     )  # fmt: skip
     finish(parts, out, bias, None, None, how.split_k)
 
@@ -255,13 +253,9 @@ def launch_matmul_w4a16(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor 
             else:
                 parts = split_output(m, n, how.split_k, out, torch.float32)
                 launch(
-                    _w4a16_tile_kernel,
-                    (triton.cdiv(m, how.block_m) * triton.cdiv(n, how.block_n), how.split_k),
-                    rows, codes, scales, zeros, bias, parts, m, n, k, group, BLOCK_M=how.block_m,
-                    BLOCK_N=how.block_n, BLOCK_K=how.block_k, SPLIT_K=how.split_k, GROUP_M=how.group_m,
-                    EVEN_K=k % how.block_k == 0, ONE_GROUP=group == k, ZERO=SYMMETRIC_ZERO,
-                    BY_FP32=card.backend == "hip", INTERPRET=INTERPRETED, num_warps=how.num_warps,
-                    num_stages=how.num_stages,
+                    _w4a16_tile_kernel, how.grid(m, n),
+                    rows, codes, scales, zeros, bias, parts, m, n, k, group, ONE_GROUP=group == k, ZERO=SYMMETRIC_ZERO,
+                    BY_FP32=card.backend == "hip", **how.options(k),
                 )  # fmt: skip
                 finish(parts, out, bias, None, scales if group == k else None, how.split_k)
     return out.view(*x.shape[:-1], n)

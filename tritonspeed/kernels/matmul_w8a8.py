@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed.kernels._ops import register
-from tritonspeed.kernels._triton import INTERPRETED, card_of, launch, on_device_of, takes_reference, tl, triton
+from tritonspeed.kernels._triton import card_of, launch, on_device_of, takes_reference, tl, triton
 from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.matmul_call import check_shapes, check_types, linear, rows_of
 from tritonspeed.kernels.matmul_tiles import (
@@ -223,10 +223,9 @@ def _launch_row(product: _Product, card: Card) -> None:
     is_fp8 = product.codes.dtype != torch.int8
     parts = split_output(1, n, how.split_k, product.out, torch.float32 if is_fp8 else torch.int32)
     launch(
-        _w8a8_row_kernel, (triton.cdiv(n, how.block_n), how.split_k),
+        _w8a8_row_kernel, how.grid(n),
         product.x.view(torch.int32), product.x_scales, product.codes.view(torch.int32), product.scales, product.bias,
-        parts, n, k, BLOCK_N=how.block_n, UNITS=how.num_warps * card.warp_size, SPLIT_K=how.split_k, FP8=is_fp8,
-        INTERPRET=INTERPRETED, num_warps=how.num_warps,
+        parts, n, k, FP8=is_fp8, **how.options(card),
     )  # fmt: skip
     finish(parts, product.out, product.bias, product.x_scales, product.scales, how.split_k)
 
@@ -236,11 +235,9 @@ def _launch_tiles(product: _Product, card: Card) -> None:
     how = W8A8.resolve(card, m=next_power_of_2(m), n=n, k=k, codes=dtype_name(product.codes.dtype))
     parts = split_output(m, n, how.split_k, product.out, torch.int32 if way == INT8 else torch.float32)
     launch(
-        _w8a8_tile_kernel, (triton.cdiv(m, how.block_m) * triton.cdiv(n, how.block_n), how.split_k),
+        _w8a8_tile_kernel, how.grid(m, n),
         product.x.view(torch.uint8), product.x_scales, product.codes.view(torch.uint8), product.scales, product.bias,
-        parts, m, n, k, BLOCK_M=how.block_m, BLOCK_N=how.block_n, BLOCK_K=how.block_k, SPLIT_K=how.split_k,
-        GROUP_M=how.group_m, EVEN_K=k % how.block_k == 0, WAY=way, INTERPRET=INTERPRETED, num_warps=how.num_warps,
-        num_stages=how.num_stages,
+        parts, m, n, k, WAY=way, **how.options(k),
     )  # fmt: skip
     finish(parts, product.out, product.bias, product.x_scales, product.scales, how.split_k)
 
