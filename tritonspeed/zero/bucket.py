@@ -181,8 +181,11 @@ class Bucket:
         self.whole[slice(*self.own)].copy_(source)
 
     def keep_rounded(self) -> None:
-        """Hold the low-precision copy of the own slice, because it is not what rounding the master again would give."""
-        if self.frees and self.shard is None and self.master is not None:
+        """Hold the bf16 copy of the own slice, because it is not what rounding the master again would give.
+
+        No other type is rounded at random: there is nothing to hold.
+        """
+        if self.frees and self.shard is None and self.master is not None and self.types.compute == torch.bfloat16:
             self.shard = self.master.to(self.types.compute)
             self.ledger.add("parameters", self.shard.nbytes)
 
