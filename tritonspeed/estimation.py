@@ -78,22 +78,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _States:
-    """The optimizer's tensors: how many per element, in which type, and the longest run that is updated as one."""
+    """The optimizer's tensors: how many per element, and in which type."""
 
     num_moments: int
     kind: str
-    sub_group_size: int
 
     def slice_bytes(self, num_elems: int) -> int:
         """Of one rank's slice of a bucket, whose parameters are taken to be one optimizer group."""
         if self.kind != "8bit":
             return self.num_moments * num_elems * (2 if self.kind == "bf16" else 4)
-        step = self.sub_group_size or num_elems
-        return sum(self._chunk_bytes(at, min(step, num_elems - at)) for at in range(0, num_elems, step))
-
-    def _chunk_bytes(self, start: int, num_elems: int) -> int:
         is_small = num_elems < MIN_ELEMS
-        return self.num_moments * (4 * num_elems if is_small else num_elems + 4 * num_blocks(start, num_elems))
+        return self.num_moments * (4 * num_elems if is_small else num_elems + 4 * num_blocks(0, num_elems))
 
 
 @dataclass
@@ -201,7 +196,7 @@ def estimate(model: nn.Module, config: Any, world_size: int) -> Estimate:
     if resolved.optimizer is not None and (resolved.optimizer.type or "").lower() == "muon":
         rounds = _enter_muon(model, groups, world_size, (resolved.optimizer.params or {}).get("ns_dtype", "bf16"))
     else:
-        rounds, states = [], _States(_num_moments(resolved), _state_kind(resolved), options.sub_group_size)
+        rounds, states = [], _States(_num_moments(resolved), _state_kind(resolved))
         for bucket in (bucket for group in groups for bucket in group.buckets):
             num_slices, slice_numel = bucket.owned // bucket.layout.slice_numel, bucket.layout.slice_numel
             bucket.rest(num_slices * states.slice_bytes(slice_numel))

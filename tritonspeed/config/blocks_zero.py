@@ -128,7 +128,7 @@ class ZeroOptimization:
     )
     sub_group_size: int = key(
         1_000_000_000,
-        "elements the optimizer updates at a time; 0 means all at once",
+        "elements the optimizer updates at a time, in multiples of 1,024 from 4,096 on; 0 means all at once",
         unit="elements",
         inert=_any_stage,
         low=0,

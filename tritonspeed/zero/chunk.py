@@ -5,17 +5,26 @@
     chunks    |----0-----|-1--|---2---|----------3------------|
 
 Each is one flat fp32 parameter of the optimizer.
+
+``sub_group_size`` cuts runs further, only where no number can follow the cut: at multiples of ``CUT_ELEMS`` from the
+bucket's element 0, where neither a block of 8-bit moments nor a group of random words is split; and never into fewer
+elements than an optimizer keeps in 8 bits. Where a group begins inside a block of 256, each of the two chunks has a
+scale of its own for the part of the block that it holds: the same at every ``sub_group_size``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 from torch.nn import Parameter
 
+from tritonspeed.kernels.adamw_8bit import MIN_ELEMS
 from tritonspeed.zero.bucket import Bucket
-from tritonspeed.zero.layout import Piece, runs
+from tritonspeed.zero.layout import Piece, round_up, runs
+
+CUT_ELEMS = 1024  # a multiple of the 256 of a block, and of every kernel's vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +56,29 @@ class Chunk:
         return [piece for piece in self.bucket.layout.pieces(self.start, self.end) if piece.numel]
 
 
+def cuts(start: int, end: int, max_elems: int) -> list[int]:
+    """Where [start, end) is cut, both ends included.
+
+    Args:
+        max_elems: longest chunk wanted; the first and the last may have ``CUT_ELEMS`` and ``MIN_ELEMS`` more.
+    """
+    if not max_elems:
+        return [start, end]
+    step = round_up(max(max_elems, MIN_ELEMS), CUT_ELEMS)
+    return [start, *range(round_up(start, CUT_ELEMS) + step, end - MIN_ELEMS + 1, step), end]
+
+
 def cut_chunks(bucket: Bucket, group_of_name: dict[str, int], max_elems: int) -> list[tuple[int, Chunk]]:
     """The optimizer's chunks of one bucket, each with the index of its optimizer group (-1: in none, left out).
 
     Args:
-        max_elems: longest chunk (``sub_group_size``); 0 is no bound.
+        max_elems: longest chunk (``sub_group_size``), as in ``cuts``; 0 is no bound.
     """
     assert bucket.master is not None, "only trainable buckets are cut into chunks"
     found = []
     for lo, hi in bucket.slices:
         for group, start, end in runs(bucket.layout.spans, group_of_name, lo, hi):
-            step = max_elems or (end - start)
-            for at in range(start, end, step) if group >= 0 else ():
-                to = min(at + step, end)
+            for at, to in pairwise(cuts(start, end, max_elems)) if group >= 0 else ():
                 view = bucket.master[at - bucket.owned[0] : to - bucket.owned[0]]
                 found.append((group, Chunk(bucket, at, to, Parameter(view))))
     return found
