@@ -163,6 +163,42 @@ def test_masters_of_bf16(ranks: Any, sharding: str) -> None:
     ranks(2, low_precision, sharding)
 
 
+def few_bits(state: str, sharding: str) -> None:
+    """Moments in fewer bits read as fp32 values near those that are kept whole, and are set as finely."""
+    rank, found = dist.get_rank(), []
+    stage, threshold = SHARDINGS[sharding]
+    options = ts.zero.ShardOptions(param_persistence_threshold=threshold, sub_group_size=5000)
+    for kind in ("fp32", state):
+        torch.manual_seed(0)
+        net = Net(width=96, depth=1)
+        net, stepper = ts.zero.shard(net, ts.optim.AdamW(net.parameters(), state=kind), stage=stage, options=options)
+        for _ in range(2):
+            net(*batch(rank, 0)).backward()
+            stepper.step()
+        found.append(net)
+    half_cell = 0.9 / 64 / 2 if state == "8bit" else 0  # of the widest codes, as a part of a block's largest value
+    for key in ("exp_avg", "exp_avg_sq"):
+        for want_p, p in zip(found[0].parameters(), found[1].parameters(), strict=True):
+            want, got = safe_get_full_optimizer_state(want_p, key), safe_get_full_optimizer_state(p, key)
+            assert want is not None and got is not None and got.dtype == torch.float32
+            torch.testing.assert_close(got, want, rtol=2**-6, atol=want.abs().max().item() / 64)
+            torch.testing.assert_close(joined(safe_get_local_optimizer_state(p, key), p), got, rtol=0, atol=0)
+        for p in found[1].parameters():
+            value = torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+            safe_set_full_optimizer_state(p, value, key)
+            again = safe_get_full_optimizer_state(p, key)
+            assert again is not None
+            torch.testing.assert_close(again, value, rtol=2**-8, atol=1.5 * half_cell)
+    kept = {name for s in stepper.state.values() for name in s}
+    assert state != "8bit" or {"exp_avg_code", "exp_avg_sq_scale"} <= kept
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_moments_in_fewer_bits(ranks: Any, sharding: str, state: str) -> None:
+    ranks(2, few_bits, state, sharding)
+
+
 def test_a_parameter_that_is_not_managed_is_named() -> None:
     with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is not managed by ZeRO"):
         safe_get_full_fp32_param(nn.Parameter(torch.ones(3)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonspeed.kernels import adamw_, adamw_8bit_
 from tritonspeed.kernels._triton import takes_reference
-from tritonspeed.kernels.adamw_8bit import MIN_ELEMS, num_blocks
+from tritonspeed.kernels.adamw_8bit import BLOCK_ELEMS, MIN_ELEMS, dequantize_state, num_blocks, quantize_state
 from tritonspeed.kernels.multi_tensor import mixed_seed
 from tritonspeed.optim.elementwise import ElementwiseOptimizer, Pass
 from tritonspeed.optim.plan import StepPlan, WatchedState
@@ -32,7 +32,7 @@ class AdamW(ElementwiseOptimizer):
         rounding_seed: 0 ≤ seed < 2⁶³. The same on every rank, or replicas of a parameter drift apart.
         state: how the moments are kept. "bf16" halves them: rounded once a step, the second one at random and unbiased,
             by ``rounding_seed`` too. "8bit" quarters them, in blocks of 256 (``kernels/adamw_8bit.py``); tensors below
-            4,096 elements stay fp32. Sharded, these are a rank's chunks: ``sub_group_size`` is part of the numbers.
+            4,096 elements stay fp32. Sharded, a tensor is what a rank's slice of a bucket has of one group.
         owns_gradients: on a GPU, keep all gradients in one buffer: ``zero_grad`` clears it instead of setting them to
             None, and a step need not look for them: a sixth of the host's time, by the figures in ``plan.py``.
         capturable: on a GPU, let a CUDA graph hold the step: counts and scalars are worked out on the device, and every
@@ -143,6 +143,27 @@ class AdamW(ElementwiseOptimizer):
             return made
         kind = STATE_DTYPES[group["state"]]
         return {name: torch.zeros(param.shape, dtype=kind, device=param.device) for name in self.STATES}
+
+    def state_values(self, param: Tensor, name: str, first_element: int) -> Tensor | None:
+        """A flat param's moment: the tensor itself, or the fp32 values that 8 bits stand for; None before a step."""
+        state = self.state.get(param, {})
+        if f"{name}_code" not in state:
+            return state.get(name)
+        codes, scales = state[f"{name}_code"], state[f"{name}_scale"]
+        return dequantize_state(codes, scales, name == "exp_avg", first_element)
+
+    def set_state_values_(self, param: Tensor, name: str, first_element: int, start: int, values: Tensor) -> None:
+        """Set a flat param's moment from its element ``start`` on; in 8 bits, blocks it touches are rounded anew."""
+        whole = self.state_values(param, name, first_element)
+        assert whole is not None, "only a state that is there is set"
+        whole[start : start + values.numel()].copy_(values)
+        if f"{name}_code" in self.state[param]:
+            shift = first_element % BLOCK_ELEMS
+            first, last = (shift + start) // BLOCK_ELEMS, -(-(shift + start + values.numel()) // BLOCK_ELEMS)
+            lo, hi = max(0, first * BLOCK_ELEMS - shift), min(whole.numel(), last * BLOCK_ELEMS - shift)
+            codes, scales = quantize_state(whole[lo:hi], name == "exp_avg", first_element + lo)
+            self.state[param][f"{name}_code"][lo:hi] = codes
+            self.state[param][f"{name}_scale"][first:last] = scales
 
     def _loaded(self, name: str, value: Tensor, param: Tensor) -> Tensor:
         if value.dtype == torch.uint8:

@@ -49,9 +49,11 @@ def _gradient(bucket: Bucket, lo: int, hi: int) -> Tensor | None:
 
 def _state(bucket: Bucket, key: str, lo: int, hi: int) -> Tensor | None:
     """None where this rank has no such state at all, empty where none of it falls into [lo, hi)."""
-    parts = [view for view, _ in _stepper(bucket).state_views(bucket, key, *bucket.own)]
-    found = [view for view, _ in _stepper(bucket).state_views(bucket, key, lo, hi)]
-    return torch.cat(found) if found else parts[0][:0] if parts else None
+    found = [values for values, _ in _stepper(bucket).state_views(bucket, key, lo, hi)]
+    if found:
+        return torch.cat(found).to(bucket.types.master)  # of whatever it is kept in
+    some = next(_stepper(bucket).state_views(bucket, key, *bucket.own), None)
+    return None if some is None else torch.empty(0, dtype=bucket.types.master, device=bucket.mesh.device)
 
 
 def _assemble(p: Parameter, local: Callable[[Bucket, int, int], Tensor | None]) -> Tensor | None:
@@ -99,7 +101,10 @@ def safe_get_full_grad(param: Parameter) -> Tensor | None:
 
 
 def safe_get_full_optimizer_state(param: Parameter, optim_state_key: str) -> Tensor | None:
-    """The optimizer's tensor ``optim_state_key`` ("exp_avg", ...) of ``param``, whole; None before the first step."""
+    """The optimizer's tensor ``optim_state_key`` ("exp_avg", ...) of ``param``, whole; None before the first step.
+
+    fp32 values, in whichever type they are kept.
+    """
     return _assemble(param, lambda b, lo, hi: _state(b, optim_state_key, lo, hi))
 
 
@@ -107,16 +112,17 @@ def safe_get_full_optimizer_state(param: Parameter, optim_state_key: str) -> Ten
 def safe_set_full_optimizer_state(param: Parameter, value: Tensor, optim_state_key: str) -> None:
     """Set the optimizer's tensor ``optim_state_key`` of ``param`` from ``value`` (param's shape, equal on every rank).
 
+    It is rounded to the type that it is kept in; in 8 bits, so is what shares a block of 256 with it, once more.
+
     Raises:
         ValueError: the optimizer has no such state yet: its first step makes it.
     """
     flat = _check_shape(param, value)
     _, bucket, index = place_of(param)
     span = bucket.layout.spans[index]
-    if not any(True for _ in _stepper(bucket).state_views(bucket, optim_state_key, *bucket.owned)):
+    if next(_stepper(bucket).state_views(bucket, optim_state_key, *bucket.owned), None) is None:
         raise ValueError(f"the optimizer has no {optim_state_key!r} to set yet: its first step makes it")
-    for view, start in _stepper(bucket).state_views(bucket, optim_state_key, span.offset, span.end):
-        view.copy_(flat[start - span.offset : start - span.offset + view.numel()])
+    _stepper(bucket).set_state(bucket, optim_state_key, span.offset, flat)
 
 
 def safe_get_local_fp32_param(param: Parameter) -> Tensor:

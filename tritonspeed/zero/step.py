@@ -22,7 +22,7 @@ from torch import Tensor
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
 from tritonspeed.kernels import sum_of_squares
-from tritonspeed.optim import check_elementwise
+from tritonspeed.optim import AdamW, check_elementwise
 from tritonspeed.precision import LossScaler, ScaleEvent
 from tritonspeed.zero.bucket import Bucket, Ledger
 from tritonspeed.zero.chunk import Chunk, cut_chunks
@@ -238,12 +238,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
             copy.copy_(chunk.master)
 
     def state_views(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Tensor, int]]:
-        """The optimizer's tensor ``key`` of the bucket's elements [lo, hi), as (view, first element), in order."""
-        for chunk in self._chunks_of(bucket):
+        """The optimizer's tensor ``key`` of the bucket's elements [lo, hi), as (values, first element), in order."""
+        for chunk, state in self._states_in(bucket, key, lo, hi):
             start, end = max(lo, chunk.start), min(hi, chunk.end)
-            state = self.state.get(chunk.master, {}).get(key)
-            if start < end and isinstance(state, Tensor) and state.numel() == chunk.end - chunk.start:
-                yield state[start - chunk.start : end - chunk.start], start
+            yield state[start - chunk.start : end - chunk.start], start
+
+    def set_state(self, bucket: Bucket, key: str, lo: int, values: Tensor) -> None:
+        """Set what this rank has of the optimizer's tensor ``key`` of the bucket's elements from ``lo`` on."""
+        for chunk, state in self._states_in(bucket, key, lo, lo + values.numel()):
+            start, end = max(lo, chunk.start), min(lo + values.numel(), chunk.end)
+            part = values[start - lo : end - lo]
+            if isinstance(self.inner, AdamW):
+                self.inner.set_state_values_(chunk.master, key, chunk.start, start - chunk.start, part)
+            else:
+                state[start - chunk.start : end - chunk.start].copy_(part)
+
+    def _states_in(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Chunk, Tensor]]:
+        """The chunks that [lo, hi) meets, with the whole of their state: decoded, where it is in 8 bits."""
+        for chunk in self._chunks_of(bucket):
+            if max(lo, chunk.start) >= min(hi, chunk.end):
+                continue
+            if isinstance(self.inner, AdamW):
+                state = self.inner.state_values(chunk.master, key, chunk.start)
+            else:
+                state = self.state.get(chunk.master, {}).get(key)
+            if isinstance(state, Tensor) and state.numel() == chunk.end - chunk.start:
+                yield chunk, state
 
     def _chunks_of(self, bucket: Bucket) -> list[Chunk]:
         return self._chunks_in[id(bucket)]
