@@ -38,7 +38,7 @@ REFUSED = [
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "remove the block"),
     ("fp16.fp16_master_weights_and_grads", True, "set it to false"),
     ("bf16.bf16_master_weights_and_grads", True, "set it to false"),
-    ("bf16.bf16_optimizer_states", True, "set it to false"),
+    ("bf16.bf16_optimizer_states", True, 'set it to false, and optimizer.params.state to "bf16"'),
     ("data_types.param_dtype", "bf16", "use fp16, bf16"),
     ("data_types.buffer_dtype", "fp32", "before initialize"),
     ("tensor_parallel.autotp_size", 2, "tensor parallel work"),

@@ -5,7 +5,8 @@ from typing import Any
 
 from tritonspeed.config.keys import Dtype, key, unless
 
-MASTERS_LATER = "masters and moments are fp32; set it to false (low-precision states come with the kernels work)"
+MASTERS_STAY = "masters are fp32; set it to false (moments can be kept in fewer bits: optimizer.params.state)"
+MOMENTS_ELSEWHERE = 'set it to false, and optimizer.params.state to "bf16" for Adam and AdamW; masters stay fp32'
 
 
 def _fp16_on(config: Any) -> str | None:
@@ -46,7 +47,7 @@ class Fp16:
     hysteresis: int = key(2, "overflows tolerated before the scale halves", inert=_dynamic_scale, low=1)
     consecutive_hysteresis: bool = key(False, "a clean step refills the hysteresis", inert=_dynamic_scale)
     min_loss_scale: float = key(1, "the scale never falls below this", inert=_dynamic_scale, low=0)
-    fp16_master_weights_and_grads: bool = key(False, "masters in fp16", refuse=unless(False, use=MASTERS_LATER))
+    fp16_master_weights_and_grads: bool = key(False, "masters in fp16", refuse=unless(False, use=MASTERS_STAY))
     fused_mode: bool = key(True, "choice of optimizer class", inert="an elementwise optimizer is always one launch")
 
 
@@ -59,8 +60,8 @@ class Bf16:
     immediate_grad_update: bool = key(
         False, "when gradients reach the fp32 buffer", inert="they are accumulated as soon as they are reduced"
     )
-    bf16_master_weights_and_grads: bool = key(False, "masters in bf16", refuse=unless(False, use=MASTERS_LATER))
-    bf16_optimizer_states: bool = key(False, "moments in bf16", refuse=unless(False, use=MASTERS_LATER))
+    bf16_master_weights_and_grads: bool = key(False, "masters in bf16", refuse=unless(False, use=MASTERS_STAY))
+    bf16_optimizer_states: bool = key(False, "moments in bf16", refuse=unless(False, use=MOMENTS_ELSEWHERE))
 
 
 @dataclass(frozen=True)
