@@ -47,6 +47,7 @@ from tritonspeed.kernels.rounding import (
     round_stochastic,
     round_stochastic_reference,
     store,
+    store_copy,
 )
 from tritonspeed.kernels.tuned import Tunable
 
@@ -153,12 +154,7 @@ def _adamw_tile(
     else:
         store(exp_avg_sq_ptr + offsets, round_stochastic(v, first_element, state_seed, BLOCK, 16), inside)
     store(master_ptr + offsets, p, inside)
-    if out_ptr is not None:
-        if seed is None:
-            out = round_nearest(p, out_ptr.dtype.element_ty, INTERPRET)
-        else:
-            out = round_stochastic(p, first_element, seed, BLOCK)
-        store(out_ptr + offsets, out, inside)
+    store_copy(out_ptr, p, offsets, inside, seed, first_element, BLOCK, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["n", "seed", "state_seed", "first_element"])

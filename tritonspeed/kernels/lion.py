@@ -36,7 +36,7 @@ from tritonspeed.kernels.flat_update import (
     update_shapes_,
     write_copy_,
 )
-from tritonspeed.kernels.rounding import load_fp32, round_nearest, round_stochastic, store
+from tritonspeed.kernels.rounding import load_fp32, store, store_copy
 from tritonspeed.kernels.tuned import Tunable
 
 
@@ -102,12 +102,7 @@ def _lion_tile(
     m = beta2 * m + one_minus_beta2 * g
     store(exp_avg_ptr + offsets, m, inside)
     store(master_ptr + offsets, p, inside)
-    if out_ptr is not None:
-        if seed is None:
-            out = round_nearest(p, out_ptr.dtype.element_ty, INTERPRET)
-        else:
-            out = round_stochastic(p, first_element, seed, BLOCK)
-        store(out_ptr + offsets, out, inside)
+    store_copy(out_ptr, p, offsets, inside, seed, first_element, BLOCK, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["n", "seed", "first_element"])

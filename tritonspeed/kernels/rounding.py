@@ -126,3 +126,14 @@ def round_stochastic(x, first_element, seed, BLOCK: tl.constexpr, SHIFT=0):
     words = tl.reshape(pairs, [BLOCK])
     bits = (x.to(tl.uint32, bitcast=True) + ((words >> SHIFT) & 0xFFFF)) & 0xFFFF0000
     return tl.where(x == x, bits, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def store_copy(out_ptr, p, offsets, inside, seed, first_element, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+    """The rounded copy of an update's weights, if one is asked for: to nearest, or at random where there is a seed."""
+    if out_ptr is not None:
+        if seed is None:
+            out = round_nearest(p, out_ptr.dtype.element_ty, INTERPRET)
+        else:
+            out = round_stochastic(p, first_element, seed, BLOCK)
+        store(out_ptr + offsets, out, inside)
