@@ -92,14 +92,16 @@ def _multi_tensor_adamw_kernel(
     mixed = _mixed_seed(given_seed, place, step)
 
     # cast here and not in a helper: triton 3.6 to 3.8 lose the hints below on what a call returned, and load scalars
-    STATE_BYTES: tl.constexpr = STATE.primitive_bitwidth // 8
+    STATE_BYTES: tl.constexpr = STATE.primitive_bitwidth // 8  # pyrefly: ignore[missing-attribute]
     master_ptr = (master + start * 4).to(tl.pointer_type(tl.float32))
-    exp_avg_ptr = (exp_avg + start * STATE_BYTES).to(tl.pointer_type(STATE))
-    exp_avg_sq_ptr = (exp_avg_sq + start * STATE_BYTES).to(tl.pointer_type(STATE))
-    grad_ptr = (grad + start * (GRAD.primitive_bitwidth // 8)).to(tl.pointer_type(GRAD))
+    exp_avg_ptr = (exp_avg + start * STATE_BYTES).to(tl.pointer_type(STATE))  # pyrefly: ignore[bad-argument-type]
+    exp_avg_sq_ptr = (exp_avg_sq + start * STATE_BYTES).to(tl.pointer_type(STATE))  # pyrefly: ignore[bad-argument-type]
+    GRAD_BYTES: tl.constexpr = GRAD.primitive_bitwidth // 8  # pyrefly: ignore[missing-attribute]
+    grad_ptr = (grad + start * GRAD_BYTES).to(tl.pointer_type(GRAD))  # pyrefly: ignore[bad-argument-type]
     out_ptr = None
     if OUT is not None:
-        out_ptr = (out + start * (OUT.primitive_bitwidth // 8)).to(tl.pointer_type(OUT))
+        OUT_BYTES: tl.constexpr = OUT.primitive_bitwidth // 8  # pyrefly: ignore[missing-attribute]
+        out_ptr = (out + start * OUT_BYTES).to(tl.pointer_type(OUT))  # pyrefly: ignore[bad-argument-type]
 
     offsets = tl.arange(0, BLOCK)
     here = tl.minimum(num_left, CHUNK).to(tl.int32)
