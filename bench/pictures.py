@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from bench.suite import Ceilings, Row
 
@@ -103,6 +104,7 @@ def draw_roofline(rows: Sequence[Row], ceilings: Ceilings, path: Path) -> None:
         xs = [low, ceilings.ridge, high]
         axes.plot(xs, [min(ceilings.gb_per_s * x / 1e3, ceilings.tflop_per_s) for x in xs], color=INK, linewidth=1.2)
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte moved", ylabel="TFLOP/s")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # labels of a short axis would run into each other
         axes.set_title("under the measured roof; open markers lose to a peer", loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=7, ncols=2)
         figure.savefig(path)
