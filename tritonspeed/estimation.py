@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from tritonspeed.config import Config, ModelFacts, load
-from tritonspeed.kernels.adamw_8bit import MIN_ELEMS, num_blocks
+from tritonspeed.kernels.dynamic_code import MIN_ELEMS, num_blocks
 from tritonspeed.optim.muon import NS_DTYPES, hidden_matrices
 from tritonspeed.precision import Policy
 from tritonspeed.zero.bucket import Ledger

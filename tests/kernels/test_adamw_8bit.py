@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tritonspeed.kernels import adamw_8bit_
 from tritonspeed.kernels._triton import INTERPRETED
-from tritonspeed.kernels.adamw_8bit import (
-    adamw_8bit_reference,
+from tritonspeed.kernels.adamw_8bit import adamw_8bit_reference
+from tritonspeed.kernels.dynamic_code import (
     decode_reference,
     dequantize_state,
     encode_reference,

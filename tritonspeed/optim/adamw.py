@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonspeed.kernels import adamw_, adamw_8bit_
 from tritonspeed.kernels._triton import takes_reference
-from tritonspeed.kernels.adamw_8bit import BLOCK_ELEMS, MIN_ELEMS, dequantize_state, num_blocks, quantize_state
+from tritonspeed.kernels.dynamic_code import BLOCK_ELEMS, MIN_ELEMS, dequantize_state, num_blocks, quantize_state
 from tritonspeed.kernels.multi_tensor import mixed_seed
 from tritonspeed.optim.elementwise import ElementwiseOptimizer, Pass
 from tritonspeed.optim.plan import StepPlan, WatchedState
@@ -31,8 +31,8 @@ class AdamW(ElementwiseOptimizer):
         stochastic_rounding: round bf16 copies at random and unbiased instead of to nearest.
         rounding_seed: 0 ≤ seed < 2⁶³. The same on every rank, or replicas of a parameter drift apart.
         state: how the moments are kept. "bf16" halves them: rounded once a step, the second one at random and unbiased,
-            by ``rounding_seed`` too. "8bit" quarters them, in blocks of 256 (``kernels/adamw_8bit.py``); tensors below
-            4,096 elements stay fp32. Sharded, a tensor is what a rank's slice of a bucket has of one group.
+            by ``rounding_seed`` too. "8bit" quarters them, in blocks of 256 (``kernels/dynamic_code.py``); tensors
+            below 4,096 elements stay fp32. Sharded, a tensor is what a rank's slice of a bucket has of one group.
         owns_gradients: on a GPU, keep all gradients in one buffer: ``zero_grad`` clears it instead of setting them to
             None, and a step need not look for them: a sixth of the host's time, by the figures in ``plan.py``.
         capturable: on a GPU, let a CUDA graph hold the step: counts and scalars are worked out on the device, and every

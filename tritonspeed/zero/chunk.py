@@ -20,7 +20,7 @@ from itertools import pairwise
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonspeed.kernels.adamw_8bit import MIN_ELEMS
+from tritonspeed.kernels.dynamic_code import MIN_ELEMS
 from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.layout import Piece, round_up, runs
 

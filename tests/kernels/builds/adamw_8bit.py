@@ -4,7 +4,8 @@ import torch
 
 from builds import Build
 from tritonspeed.kernels.adamw import AdamWStep
-from tritonspeed.kernels.adamw_8bit import launch_adamw_8bit_, num_blocks
+from tritonspeed.kernels.adamw_8bit import launch_adamw_8bit_
+from tritonspeed.kernels.dynamic_code import num_blocks
 from tritonspeed.kernels.flat_update import FlatTensors
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tritonspeed.kernels.adagrad import adagrad_, adagrad_reference
-from tritonspeed.kernels.adamw_8bit import adamw_8bit_, adamw_8bit_reference, num_blocks
+from tritonspeed.kernels.adamw_8bit import adamw_8bit_, adamw_8bit_reference
+from tritonspeed.kernels.dynamic_code import num_blocks
 from tritonspeed.kernels.lion import lion_, lion_reference
 from tritonspeed.tuning.case import Case, Draw, Inputs
 from tritonspeed.tuning.cases.adamw import HYPER
