@@ -27,8 +27,14 @@ part tune 120 "$python" -m tritonspeed.cli tune --shapes llama8b --time-limit 10
 part suite 125 "$python" -m bench run --models llama8b gpt2 --skip torch.compile --time-limit 105 --out "$out"
 part compiled 60 "$python" -m bench run --models llama8b --what against-compile --time-limit 40 --out "$out" \
     --ops norms softmax activation cross_entropy
-tar -czf "$out/tuned.tgz" -C "$out" tuned 2>>"$out/round.log" && rm -rf "$out/tuned"
-tar -czf "$out/engine.tgz" -C "$out" engine 2>>"$out/round.log" && rm -rf "$out/engine"   # holds the trace, for Perfetto
+pack() { # pack NAME PATHS...: into one file each, few enough to be carried home
+    local name=$1
+    shift
+    (cd "$out" && ls -d "$@" >/dev/null 2>&1 && tar -czf "$name.tgz" "$@" && rm -rf "$@") || echo "nothing for $name.tgz" | tee -a "$out/round.log"
+}
+pack tuned tuned
+pack engine engine        # holds the trace, for Perfetto
+cd "$out" && pack pages ./*.md ./*.png   # `python -m bench report FILE.json` makes them again
 
 echo "failed: ${failed[*]:-nothing}" | tee -a "$out/round.log"
 [ ${#failed[@]} -eq 0 ]
