@@ -1,10 +1,9 @@
 """Dynamic code: optimizer moments in 8 bits, in blocks of 256 that share a scale.
 
-Dynamic code: decade i of 0 to 6 is cut into 2^(i + s) equal cells, whose middles are its codes (s = 0 for m, which has
-a sign, and 1 for v): value = 10^(i − 6) · (0.1 + 0.9 · (j + ½) / 2^(i + s)), j in [0, 2^(i + s)). With 0 and 1 that
-makes 256, and seven decades in a byte. Of q, m takes 7 bits as k = 2^i + j, v all 8 as k = 2^(i + 1) + j − 1; k = 0 is
-0. The top bit is m's sign; "−0" stands for +1 (−1 is 0.7 % off), and 255 is v's 1. i and 2^i are a float's exponent: no
-table.
+Decade i of 0 to 6 is cut into 2^(i + s) equal cells, whose middles are its codes (s = 0 for m, which has a sign, and 1
+for v): value = 10^(i − 6) · (0.1 + 0.9 · (j + ½) / 2^(i + s)), j in [0, 2^(i + s)). With 0 and 1 that makes 256, and
+seven decades in a byte. Of q, m takes 7 bits as k = 2^i + j, v all 8 as k = 2^(i + 1) + j − 1; k = 0 is 0. The top bit
+is m's sign; "−0" stands for +1 (−1 is 0.7 % off), and 255 is v's 1. i and 2^i are a float's exponent: no table.
 
 Blocks are counted from the buffer's element 0, so that chunks cut at multiples of 256 agree with the whole.
 
