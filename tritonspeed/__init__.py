@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tritonspeed import config as config
     from tritonspeed import kernels as kernels
     from tritonspeed import nn as nn
+    from tritonspeed import offload as offload
     from tritonspeed import optim as optim
     from tritonspeed import precision as precision
     from tritonspeed import tuning as tuning
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from tritonspeed.engine import StepReport as StepReport
     from tritonspeed.engine import initialize as initialize
     from tritonspeed.estimation import estimate as estimate
+    from tritonspeed.offload import Offload as Offload
 
-_MODULES = ("comm", "config", "kernels", "nn", "optim", "precision", "tuning", "zero")
+_MODULES = ("comm", "config", "kernels", "nn", "offload", "optim", "precision", "tuning", "zero")
 _NAMES = {
     "Engine": "engine",
+    "Offload": "offload",
     "StepReport": "engine",
     "add_config_arguments": "engine",
     "estimate": "estimation",
