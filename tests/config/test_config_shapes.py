@@ -137,8 +137,6 @@ SHAPES = {
     ),
     "stage 2, optimizer on the host": Shape(
         AUTO_BATCH | {"zero_optimization": {"stage": 2, "offload_optimizer": TO_HOST, "overlap_comm": True}},
-        refused=zero("offload_optimizer.device"),
-        inert=zero("offload_optimizer.pin_memory"),
         resolved=BATCH_RESOLVED,
     ),
     "trainer, stage 3": Shape(
@@ -181,8 +179,7 @@ SHAPES = {
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": 3, "offload_optimizer": TO_HOST, "offload_param": TO_HOST},
         },
-        refused=zero("offload_optimizer.device", "offload_param.device"),
-        inert=["zero_force_ds_cpu_optimizer", *zero("offload_optimizer.pin_memory", "offload_param.pin_memory")],
+        inert=["zero_force_ds_cpu_optimizer"],
         resolved=BATCH_RESOLVED,
     ),
     "stage 3, offload blocks with device none": Shape(
@@ -210,14 +207,9 @@ SHAPES = {
                 "offload_optimizer": {"device": "nvme", "nvme_path": "/n", "pipeline_read": True, "fast_init": False},
             },
         },
-        refused=zero("offload_optimizer.device"),
         mapped=["aio.thread_count"],
-        inert=[
-            "aio.block_size",
-            "aio.queue_depth",
-            "aio.single_submit",
-            *zero("offload_optimizer.nvme_path", "offload_optimizer.pipeline_read", "offload_optimizer.fast_init"),
-        ],
+        inert=["aio.single_submit", *zero("offload_optimizer.pipeline_read", "offload_optimizer.fast_init")],
+        resolved={"aio.thread_count": 2},
     ),
     "blocks that no DeepSpeed reads": Shape(
         AUTO_BATCH | {"comms_config": {"verbose": False}, "monitor_config": {"enabled": True, "tag": "run"}},
@@ -254,8 +246,10 @@ SHAPES = {
                 "stage3_gather_fp16_weights_on_model_save": True,
             },
         },
-        refused=zero("cpu_offload"),
-        mapped=["bfloat16.enabled", *zero("cpu_offload_params", "stage3_gather_fp16_weights_on_model_save")],
+        mapped=[
+            "bfloat16.enabled",
+            *zero("cpu_offload", "cpu_offload_params", "stage3_gather_fp16_weights_on_model_save"),
+        ],
         resolved={"zero_optimization.cpu_offload": "cpu", "zero_optimization.cpu_offload_params": "none"},
     ),
     "from an RLHF script": Shape(

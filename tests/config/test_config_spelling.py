@@ -71,10 +71,18 @@ def test_old_spelling_is_mapped(tree, written, path, value):
         ("cpu_offload_params", "offload_param"),
     ],
 )
-def test_old_offload_switch_is_refused_under_its_own_name(old, block):
-    config = load({**BATCH, "zero_optimization": {"stage": 3, old: True}})
-    with pytest.raises(ValueError, match=f"zero_optimization.{old} = True: now zero_optimization.{block}.device"):
-        config.resolve(1)
+def test_old_offload_switch_is_mapped_to_the_host(old, block):
+    config = load({**BATCH, "zero_optimization": {"stage": 3, old: True}}).resolve(1)
+    assert getattr(config.zero_optimization, block).device == "cpu"
+    (row,) = [each for each in config.answers() if each.key == f"zero_optimization.{old}"]
+    assert row.verdict == "mapped"
+    assert f"zero_optimization.{block}.device" in row.note
+
+
+def test_a_refusal_names_the_spelling_that_was_written():
+    tree = {**BATCH, "zero_optimization": {"stage": 1, "cpu_offload": True}, "optimizer": {"type": "lamb"}}
+    with pytest.raises(ValueError, match="zero_optimization.cpu_offload = True: now zero_optimization.offload_optim"):
+        load(tree).resolve(1)
 
 
 STAGE3_NAMES = [

@@ -33,11 +33,17 @@ def inert_reason(spec: Spec, config: Knobs) -> str | None:
     return reason(config) if callable(reason) else reason
 
 
+def refusal_of(spec: Spec, value: Any, config: Knobs) -> str | None:
+    """Why a key's value is refused in this config and what to write instead, or None."""
+    refusal = spec.key.refuse(value) if spec.key.refuse is not None else None
+    return spec.key.conflict(config) if refusal is None and spec.key.conflict is not None else refusal
+
+
 def answer(config: Knobs, spec: Spec, given: Given | None, how: str = "") -> Answer:
     """The row of one key; `how` says where a filled-in value came from."""
     value = value_at(config, spec.path)
     shown = spec.path if given is None else given.spelled
-    refusal = spec.key.refuse(value) if spec.key.refuse is not None else None
+    refusal = refusal_of(spec, value, config)
     is_old = given is not None and given.is_old
     means = f"now {spec.path}: " if is_old else ""
     source = f" ({how})" if how else ""

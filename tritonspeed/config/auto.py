@@ -49,6 +49,8 @@ def fill(config: K, world_size: int, facts: ModelFacts) -> tuple[K, Notes]:
         stage = config.zero_optimization.stage
         notes["zero_optimization.overlap_comm"] = f"follows from stage {stage}"
         config = replace_at(config, "zero_optimization.overlap_comm", stage == 3)
+    if config.zero_optimization.stage != 3:  # as in DeepSpeed: only stage 3 shards parameters
+        config = replace_at(config, "zero_optimization.offload_param.device", "none")
     if config.data_parallel_size not in (None, world_size):
         raise ValueError(
             f"data_parallel_size {config.data_parallel_size} ≠ world size {world_size}, and no other axis is built: "

@@ -92,13 +92,19 @@ class Compile:
         10_485_760, "from this size on", unit="bytes", inert="acts only with deepcompile"
     )
     offload_activation: bool = key(
-        False, "move activations to the host", refuse=unless(False, use="comes with the offload work; set it to false")
+        False,
+        "move activations to the host",
+        refuse=unless(False, use="set it to false, and activation_checkpointing.cpu_checkpointing to true"),
     )
     offload_opt_states: bool = key(
-        False, "move states to the host", refuse=unless(False, use="comes with the offload work; set it to false")
+        False,
+        "move states to the host",
+        refuse=unless(False, use="set it to false, and zero_optimization.offload_optimizer.device to cpu"),
     )
     offload_parameters: bool = key(
-        False, "move parameters to the host", refuse=unless(False, use="comes with the offload work; set it to false")
+        False,
+        "move parameters to the host",
+        refuse=unless(False, use="set it to false, and zero_optimization.offload_param.device to cpu at stage 3"),
     )
     double_buffer: bool = key(True, "two gather buffers", inert="acts only with deepcompile")
     symmetric_memory: bool = key(False, "symmetric memory collectives", inert="acts only with deepcompile")
@@ -151,20 +157,6 @@ class Checkpoint:
     parallel_write: dict[str, Any] = key({}, "of pipeline stages", inert=CHECKPOINT_LATER)
     checkpoint_serialization: bool = key(True, "pickle format", inert="nothing is pickled")
     writer: dict[str, Any] | None = key(None, "the writer", inert=CHECKPOINT_LATER)
-
-
-@dataclass(frozen=True)
-class Aio:
-    """NVMe requests. Acts with offload to nvme, which is refused for now."""
-
-    block_size: int = key(1_048_576, "of a request", unit="bytes", inert="acts only with offload to nvme", low=1)
-    queue_depth: int = key(8, "requests in flight", inert="acts only with offload to nvme", low=1)
-    intra_op_parallelism: int = key(
-        1, "reader threads", old=("thread_count",), inert="acts only with offload to nvme", low=1
-    )
-    single_submit: bool = key(False, "submit one by one", inert="acts only with offload to nvme")
-    overlap_events: bool = key(True, "submit while waiting", inert="acts only with offload to nvme")
-    use_gds: bool = key(False, "GPUDirect storage", inert="acts only with offload to nvme")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """The `zero_optimization` block: what is sharded, how it is exchanged, and how much of it is resident at once."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tritonspeed.config.keys import above, block, key, present, unless
+from tritonspeed.config.blocks_offload import OffloadOptimizer, OffloadParam
+from tritonspeed.config.keys import above, block, key, present, stage3_only, unless
 
-OFFLOAD_LATER = "comes with the offload work; until then set device to none (nothing leaves the training device then)"
 QUANTIZED_LATER = "quantised communication is not built; set it to false (the exchange is then exact)"
 MOE_BLOCKS = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock")
 
@@ -23,12 +22,6 @@ def _stage_note(stage: Any) -> str:
     return f"shards {sharded[stage]}" if stage in (0, 1, 2, 3) else f"waits for {stage!r}"
 
 
-def _stage3_only(config: Any) -> str | None:
-    """acts at stage 3"""
-    stage = config.zero_optimization.stage
-    return None if stage == 3 else f"acts at stage 3, this is stage {stage}"
-
-
 def _stage_1_or_2_only(config: Any) -> str | None:
     """acts at stages 1 and 2"""
     stage = config.zero_optimization.stage
@@ -40,67 +33,13 @@ def _any_stage(config: Any) -> str | None:
     return None if config.zero_optimization.stage != 0 else "acts from stage 1 on, this is stage 0"
 
 
-def _with_offload(name: str) -> Callable[[Any], str | None]:
-    def reason(config: Any) -> str | None:
-        device = getattr(config.zero_optimization, name).device
-        if device == "none":
-            return f"acts only with {name}.device cpu or nvme"
-        return f"waits for {name}.device {device}, which is refused"
-
-    reason.__doc__ = f"acts only with {name}.device cpu or nvme"
-    return reason
-
-
-@dataclass(frozen=True)
-class OffloadParam:
-    """Where stage 3 keeps parameter shards between uses."""
-
-    device: Literal["none", "cpu", "nvme"] = key(
-        "none", "parameter shards stay on the training device", refuse=unless("none", use=OFFLOAD_LATER)
-    )
-    nvme_path: str | None = key(None, "directory of the parameter files", inert=_with_offload("offload_param"))
-    buffer_count: int = key(5, "host buffers for swapping", inert=_with_offload("offload_param"), low=0)
-    buffer_size: int = key(
-        100_000_000, "size of each buffer", unit="elements", inert=_with_offload("offload_param"), low=0
-    )
-    max_in_cpu: int = key(
-        1_000_000_000, "elements kept in host memory", unit="elements", inert=_with_offload("offload_param"), low=0
-    )
-    pin_memory: bool = key(True, "page-locked host buffers", inert=_with_offload("offload_param"))
-
-
-@dataclass(frozen=True)
-class OffloadOptimizer:
-    """Where masters and moments live, and so where the optimizer runs."""
-
-    device: Literal["none", "cpu", "nvme"] = key(
-        "none", "optimizer states stay on the training device", refuse=unless("none", use=OFFLOAD_LATER)
-    )
-    nvme_path: str | None = key(None, "directory of the state files", inert=_with_offload("offload_optimizer"))
-    buffer_count: int = key(4, "host buffers for swapping", inert=_with_offload("offload_optimizer"), low=0)
-    pin_memory: bool = key(True, "page-locked host buffers", inert=_with_offload("offload_optimizer"))
-    pipeline_read: bool = key(False, "read ahead of the update", inert=_with_offload("offload_optimizer"))
-    pipeline_write: bool = key(False, "write behind the update", inert=_with_offload("offload_optimizer"))
-    fast_init: bool = key(False, "faster creation of the state files", inert=_with_offload("offload_optimizer"))
-    ratio: float = key(
-        1.0, "fraction of the states that is offloaded", inert=_with_offload("offload_optimizer"), low=0, high=1
-    )
-    super_offload: bool = key(False, "speculative steps on superchips", inert=_with_offload("offload_optimizer"))
-    cpuadam_cores_perc: float = key(
-        0.8, "fraction of the cores for that", inert=_with_offload("offload_optimizer"), low=0, high=1
-    )
-    convert_grad_on_cpu: bool = key(
-        True, "where gradients are converted to fp32", inert=_with_offload("offload_optimizer")
-    )
-
-
 @dataclass(frozen=True)
 class LeafModule:
     """Modules that stage 3 gathers whole instead of descending into: mixtures of experts with routed branches."""
 
-    classes: list[str] = key(list(MOE_BLOCKS), "class names of modules gathered whole", inert=_stage3_only)
-    names: list[str] = key([], "module paths gathered whole", inert=_stage3_only)
-    name_suffixes: list[str] = key([], "ends of module paths gathered whole", inert=_stage3_only)
+    classes: list[str] = key(list(MOE_BLOCKS), "class names of modules gathered whole", inert=stage3_only)
+    names: list[str] = key([], "module paths gathered whole", inert=stage3_only)
+    name_suffixes: list[str] = key([], "ends of module paths gathered whole", inert=stage3_only)
 
 
 @dataclass(frozen=True)
@@ -139,7 +78,7 @@ class ZeroOptimization:
         unit="elements",
         aliases=("stage3_param_persistence_threshold",),
         auto="10 × hidden size",
-        inert=_stage3_only,
+        inert=stage3_only,
         low=0,
     )
     model_persistence_threshold: int = key(
@@ -147,7 +86,7 @@ class ZeroOptimization:
         "most elements that may stay whole in all",
         unit="elements",
         aliases=("stage3_model_persistence_threshold",),
-        inert=_stage3_only,
+        inert=stage3_only,
         low=0,
     )
     prefetch_bucket_size: int = key(
@@ -156,7 +95,7 @@ class ZeroOptimization:
         unit="elements",
         aliases=("stage3_prefetch_bucket_size",),
         auto="0.9 × hidden size²",
-        inert=_stage3_only,
+        inert=stage3_only,
         low=0,
     )
     max_live_parameters: int = key(
@@ -164,7 +103,7 @@ class ZeroOptimization:
         "most gathered elements resident at once",
         unit="elements",
         aliases=("stage3_max_live_parameters",),
-        inert=_stage3_only,
+        inert=stage3_only,
         low=0,
     )
     max_reuse_distance: int = key(
@@ -172,7 +111,7 @@ class ZeroOptimization:
         "keep a unit gathered if it is used again within so many elements",
         unit="elements",
         aliases=("stage3_max_reuse_distance",),
-        inert=_stage3_only,
+        inert=stage3_only,
         low=0,
     )
     gather_16bit_weights_on_model_save: bool = key(
@@ -180,7 +119,7 @@ class ZeroOptimization:
         "whether a whole low-precision model may be gathered to be saved (asked by Hugging Face before it saves)",
         aliases=("stage3_gather_16bit_weights_on_model_save",),
         old=("stage3_gather_fp16_weights_on_model_save", "gather_fp16_weights_on_model_save"),
-        inert=_stage3_only,
+        inert=stage3_only,
     )
     leaf_module: LeafModule = block(LeafModule, "modules gathered whole")
     ignore_unused_parameters: bool = key(True, "false: a trainable parameter without a gradient is an error")
@@ -255,7 +194,7 @@ class ZeroOptimization:
     )
     enable_sanity_checks: bool = key(False, "internal checks", inert="the check that ranks agree always runs")
     save_muon_momentum_buffer_in_memory: bool = key(
-        False, "keep Muon's momentum off NVMe", inert="acts only with nvme, which is refused"
+        False, "keep Muon's momentum off NVMe", inert="acts only with Muon on nvme, which is refused"
     )
     zero_hpz_partition_size: int = key(
         1,

@@ -66,8 +66,9 @@ def _here(spec: Spec) -> str:
         text += f". {_capital((reason.__doc__ or '').strip())}"
     elif reason is not None:
         text += f". **Inert**: {reason}"
-    if spec.key.refuse is not None:
-        text += f". **{_capital((spec.key.refuse.__doc__ or '').strip())}**"
+    for rule in (spec.key.refuse, spec.key.conflict):
+        if rule is not None:
+            text += f". **{_capital((rule.__doc__ or '').strip())}**"
     return text
 
 

@@ -6,7 +6,7 @@ reference (`document`) all walk the same declarations, so they cannot disagree.
 
 A key's verdict follows from its declaration, in this order:
 
-    refused    `refuse(value)` returns a sentence: what to write instead
+    refused    `refuse(value)` or `conflict(config)` returns a sentence: what to write instead
     mapped     it was given in an old spelling
     inert      `inert` is a sentence, or a function of the config that returns one: why it changes nothing here
     honoured   otherwise
@@ -43,6 +43,8 @@ class Key:
     """Why the key has no effect here; a function receives the whole config, and its docstring is the rule."""
     refuse: Callable[[Any], str | None] | None = None
     """The alternative to a value that is not supported; None for a value that is. Its docstring is the rule."""
+    conflict: Callable[[Any], str | None] | None = None
+    """What else in the config forbids this key's value, with the remedy: a function of the config, like `refuse`."""
     auto: str = ""
     """What "auto" becomes, where that is not simply the default."""
     low: float | None = None
@@ -158,6 +160,12 @@ def replace_at(config: Any, path: str, value: Any) -> Any:
     if isinstance(config, dict):
         return {**config, name: value}
     return dataclasses.replace(config, **{name: value})
+
+
+def stage3_only(config: Any) -> str | None:
+    """acts at stage 3"""
+    stage = config.zero_optimization.stage
+    return None if stage == 3 else f"acts at stage 3, this is stage {stage}"
 
 
 def unless(*allowed: Any, use: str) -> Callable[[Any], str | None]:

@@ -1,6 +1,7 @@
 """The top level of a ds_config.json: every key, with type, default, unit and what it does here.
 
-Where the blocks are: `blocks_zero`, `blocks_precision`, `blocks_training`, `blocks_features`, `blocks_monitoring`.
+Where the blocks are: `blocks_zero`, `blocks_offload`, `blocks_precision`, `blocks_training`, `blocks_features`,
+`blocks_monitoring`.
 Until `Config.resolve` a field may hold the string "auto", whatever its annotation says.
 """
 
@@ -10,7 +11,6 @@ from typing import Any, Literal
 from tritonspeed.config.blocks_features import (
     FEATURE_GATES,
     ActivationCheckpointing,
-    Aio,
     Checkpoint,
     Compile,
     Elasticity,
@@ -28,6 +28,7 @@ from tritonspeed.config.blocks_monitoring import (
     Trackio,
     Wandb,
 )
+from tritonspeed.config.blocks_offload import Aio
 from tritonspeed.config.blocks_precision import Bf16, DataTypes, Fp16, TorchAutocast
 from tritonspeed.config.blocks_training import Optimizer, Scheduler
 from tritonspeed.config.blocks_zero import ZeroOptimization
@@ -87,7 +88,9 @@ class Knobs:
         False, "allow any torch optimizer", inert="any elementwise torch optimizer is allowed"
     )
     zero_force_ds_cpu_optimizer: bool = key(
-        True, "insist on DeepSpeed's CPU optimizer", inert="no offload without a fitting optimizer exists here"
+        True,
+        "insist on DeepSpeed's CPU optimizer",
+        inert="any elementwise optimizer is offloaded, torch's too: there is none to insist on",
     )
     sparse_gradients: bool = key(
         False, "reduce embeddings' gradients as rows", inert="they are reduced densely: the same sums, more bytes"
