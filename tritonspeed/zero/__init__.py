@@ -3,8 +3,9 @@
 Bottom up: ``stages`` what is sharded (a table) · ``layout`` where every element is (integers) · ``plan`` which
 parameter belongs to which unit · ``options`` what the config says of it · ``bucket`` one flat buffer over the ranks ·
 ``group`` one unit at run time · ``order`` what comes next · ``reduce`` gradients leave in a fixed order · ``guard``
-what a sharded module shows · ``hooks`` when all this happens · ``step`` the optimizer over chunks · ``init``,
-``gathered``, ``access`` building, looking and changing · ``shard`` the parts together.
+what a sharded module shows · ``hooks`` when all this happens · ``step`` the optimizer over chunks · ``tensor_files``
+what is in a checkpoint · ``load``, ``meta``, ``init`` where values come from · ``gathered``, ``access`` looking and
+changing · ``shard`` the parts together.
 """
 
 from tritonspeed.zero.access import (
@@ -20,6 +21,8 @@ from tritonspeed.zero.access import (
 )
 from tritonspeed.zero.gathered import GatheredParameters
 from tritonspeed.zero.init import Init
+from tritonspeed.zero.load import load_safetensors
+from tritonspeed.zero.meta import apply_later
 from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.order import Limits
 from tritonspeed.zero.plan import LeafRules
@@ -35,6 +38,8 @@ __all__ = [
     "ShardedModel",
     "StepFacts",
     "ZeroOptimizer",
+    "apply_later",
+    "load_safetensors",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",
