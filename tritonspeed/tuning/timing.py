@@ -38,7 +38,9 @@ PEAKS = {  # the name as the driver gives it → data sheet
     "NVIDIA H200": Peak(4800, 989),
     "NVIDIA L40S": Peak(864, 362),
     "NVIDIA GeForce RTX 4090": Peak(1008, 165),
+    "NVIDIA B200": Peak(8000, 2250),
     "AMD Instinct MI300X": Peak(5300, 1307),
+    "Tesla V100-SXM3-32GB": Peak(900, 125),  # fp16: it has no bf16
 }
 
 
