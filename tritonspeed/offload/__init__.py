@@ -2,7 +2,8 @@
 
 Bottom up: ``tiers`` the places and what is asked of one · ``options`` what the config says of them · ``memory`` host
 buffers that begin on a page · ``page_file`` safetensors whose tensors do too · ``direct`` reads and writes around the
-page cache · ``disk`` a rank's folder: two slots for everything, a commit record · ``stream`` fetch ahead, store behind.
+page cache · ``runs``, ``disk_flat``, ``commit_record``, ``disk`` a rank's folder: two slots for everything, a record of
+which of them count · ``stream`` fetch ahead, store behind.
 """
 
 from tritonspeed.offload.options import Offload, Requests
