@@ -159,6 +159,14 @@ class DiskFolder:
             self._broken = f"the commit of step {step} could not be synced ({error.strerror})"
             raise DiskError(error.errno, self._broken, str(self.folder)) from error
 
+    def remove(self, flat: DiskFlat) -> None:
+        """Delete a flat and its files; the next commit does not name it."""
+        del self._flats[flat.contents.bucket, flat.contents.kind]
+        flat.discard()
+        flat.close()
+        for path in flat.paths:
+            path.unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Forget what was stored since the last commit."""
         for flat in self._flats.values():

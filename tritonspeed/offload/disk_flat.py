@@ -32,6 +32,9 @@ class Owner(Protocol):
     def commit_again(self, flat: DiskFlat) -> None:
         """Commit this flat alone, with the last step and facts."""
 
+    def remove(self, flat: DiskFlat) -> None:
+        """Delete this flat and its files."""
+
 
 class DiskFlat:
     """A flat on disk, of one slot or two; made by ``DiskFolder.flat``.
@@ -233,6 +236,15 @@ class DiskFlat:
             self._slot, self._runs = self._other, self._written
         if flips or not self.has_two_slots:
             self._written = Runs()
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its files, by slot."""
+        return [file.path for file in self._files]
+
+    def remove(self) -> None:
+        """Delete it, files and all: its contents are elsewhere now."""
+        self._folder.remove(self)
 
     def close(self) -> None:
         """Give back the files."""
