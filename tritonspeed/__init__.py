@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tritonspeed.version import __version__
 
 if TYPE_CHECKING:
+    from tritonspeed import checkpointing as checkpointing
     from tritonspeed import comm as comm
     from tritonspeed import config as config
     from tritonspeed import kernels as kernels
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from tritonspeed.estimation import estimate as estimate
     from tritonspeed.offload import Offload as Offload
 
-_MODULES = ("comm", "config", "kernels", "nn", "offload", "optim", "precision", "tuning", "zero")
+_MODULES = ("checkpointing", "comm", "config", "kernels", "nn", "offload", "optim", "precision", "tuning", "zero")
 _NAMES = {
     "Engine": "engine",
     "Offload": "offload",

@@ -46,8 +46,6 @@ REFUSED = [
     ("sequence_parallel_size", 2, "set it to 1"),
     ("expert_parallel", {"enabled": True, "autoep_size": 2}, "enabled to false"),
     ("hybrid_engine.enabled", True, "RLHF work"),
-    ("activation_checkpointing.partition_activations", True, "set it to false"),
-    ("activation_checkpointing.cpu_checkpointing", True, "set it to false"),
     ("compile.offload_activation", True, "cpu_checkpointing to true"),
     ("compile.offload_opt_states", True, "offload_optimizer.device to cpu"),
     ("compile.offload_parameters", True, "offload_param.device to cpu"),
@@ -104,7 +102,8 @@ OFF = [
     ("tensor_parallel", {"autotp_size": 1, "tp": {"tp_size": 1, "tp_grain_size": 64}, "kernel_inject": False}),
     ("expert_parallel", {"enabled": False, "autoep_size": 2}),
     ("hybrid_engine", {"enabled": False, "max_out_tokens": 512, "pin_parameters": True}),
-    ("activation_checkpointing", {"partition_activations": False, "number_checkpoints": 4, "profile": True}),
+    ("activation_checkpointing", {"partition_activations": True, "number_checkpoints": 4, "profile": True}),
+    ("activation_checkpointing", {"contiguous_memory_optimization": True, "synchronize_checkpoint_boundary": True}),
     ("compile", {"deepcompile": True, "passes": ["z3"]}),
     ("compile", {"disable": False, "backend": "inductor"}),
     ("compile", {"enabled": True, "backend": "inductor", "kwargs": {}}),
@@ -154,7 +153,7 @@ def test_off_or_harmless_passes_with_a_reason_for_each_key(path, value):
     assert not [each for each in rows if each.verdict == "refused"]
     effective = {each.key.rpartition(".")[2] for each in rows if each.verdict == "honoured"}
     # what is honoured here is the switch itself, in its off position
-    switches = {"device", "enabled", "autotp_size", "tp_size", "partition_activations", "load_universal"}
+    switches = {"device", "enabled", "autotp_size", "tp_size", "load_universal"}
     switches |= {"zero_quantized_weights", "zero_hpz_partition_size", "mics_shard_size", "zenflow"}
     assert effective <= switches
 
@@ -183,6 +182,14 @@ def test_a_fixed_loss_scale_makes_the_dynamic_keys_inert():
     assert rows["fp16.hysteresis"].verdict == "inert"
     assert "fixed at 128" in rows["fp16.hysteresis"].note
     assert rows["fp16.auto_cast"].verdict == rows["fp16.loss_scale"].verdict == "honoured"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_cpu_checkpointing_is_honoured(on):
+    config = load({**BATCH, "activation_checkpointing": {"cpu_checkpointing": on}}).resolve(1)
+    (row,) = [each for each in config.answers() if each.key == "activation_checkpointing.cpu_checkpointing"]
+    assert row.verdict == "honoured"
+    assert row.note.startswith("off: ") != on
 
 
 def test_several_refusals_come_in_one_error():

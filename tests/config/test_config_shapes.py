@@ -320,6 +320,7 @@ SHAPES = {
             "checkpoint": {"tag_validation": "Warn", "load_universal": False, "use_node_local_storage": False},
         },
         inert=[
+            "activation_checkpointing.partition_activations",
             *[f"activation_checkpointing.{n}" for n in ("contiguous_memory_optimization", "number_checkpoints")],
             *[f"activation_checkpointing.{n}" for n in ("synchronize_checkpoint_boundary", "profile")],
             *[f"flops_profiler.{n}" for n in ("enabled", "profile_step", "module_depth", "top_modules", "detailed")],

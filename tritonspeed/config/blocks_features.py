@@ -64,22 +64,26 @@ class HybridEngine:
 
 @dataclass(frozen=True)
 class ActivationCheckpointing:
-    """What DeepSpeed's own checkpoint function does. torch.utils.checkpoint needs none of it."""
+    """What becomes of the inputs of checkpointed regions, ts.checkpointing's and torch.utils.checkpoint's alike."""
 
     partition_activations: bool = key(
-        False, "shard saved activations", refuse=unless(False, use="comes with the offload work; set it to false")
+        False,
+        "divide saved inputs over the model parallel group",
+        inert="there is one mesh axis: a model parallel group of one rank has nothing to divide",
     )
     cpu_checkpointing: bool = key(
         False,
-        "move saved activations to the host",
-        refuse=unless(False, use="comes with the offload work; set it to false, or wrap forward in save_on_cpu"),
+        "inputs of checkpointed regions wait for backward in host memory, torch.utils.checkpoint's too; on a CPU that"
+        " is the same memory",
     )
     contiguous_memory_optimization: bool = key(
-        False, "one buffer for them", inert="acts only with partition_activations"
+        False, "one buffer for them", inert="host buffers have each input's exact size, and serve the next step again"
     )
-    number_checkpoints: int | None = key(None, "how many", inert="acts only with contiguous_memory_optimization", low=0)
+    number_checkpoints: int | None = key(None, "how many", inert="nothing is laid out beforehand", low=0)
     synchronize_checkpoint_boundary: bool = key(False, "debug", inert="streams are ordered by events")
-    profile: bool = key(False, "timers", inert="acts only in DeepSpeed's own checkpoint function")
+    profile: bool = key(
+        False, "timers", inert="a timer would wait for the device; wall_clock_breakdown times forward and backward"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from tritonspeed import comm, tuning
+from tritonspeed import checkpointing, comm, tuning
 from tritonspeed.comm import Mesh
 from tritonspeed.config import Config, ModelFacts, load
 from tritonspeed.engine.engine import Engine
@@ -76,6 +76,7 @@ def initialize(
     resolved = _resolve(_find_config(args, config, config_params), model, mesh)
     policy = Policy.from_config(resolved)
     _announce(resolved, mesh)
+    checkpointing.configure_from(resolved)
     inner = _build_optimizer(resolved, model, optimizer, model_parameters)
     options = ShardOptions.from_config(resolved, policy)
     stage = int(resolved.zero_optimization.stage)
