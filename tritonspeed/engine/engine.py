@@ -199,11 +199,15 @@ class Engine(Getters, nn.Module):
             bytes_of=dict(ledger.bytes_of),
             peak_of=dict(ledger.peak_of),
             peak_bytes=torch.cuda.max_memory_allocated(self.mesh.device) if on_gpu else ledger.peak_bytes,
+            host_bytes=ledger.host.total_bytes,
+            host_peak_bytes=ledger.host.peak_bytes,
+            disk_bytes=ledger.disk.total_bytes,
+            links=self.sharded.homes.traffic(),
             **{f"{name}_ms": value for name, value in self._times_ms.items()},
         )
         self._losses.clear()
         self._times_ms = dict.fromkeys(self._times_ms, 0.0)
-        ledger.reset_peak()
+        ledger.reset_peaks()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.mesh.device)
         if self.mesh.rank == 0:

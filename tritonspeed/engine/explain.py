@@ -25,6 +25,14 @@ def _short(dtype: object) -> str:
     return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
 
 
+def _lives(bucket: Bucket) -> str:
+    """The tiers of its masters and moments, and of its parameter shard."""
+    tiers = [bucket.tier] if bucket.trainable else []
+    if bucket.shard is not None or bucket.shard_flat is not None:
+        tiers.append(bucket.shard_tier)
+    return " + ".join(tier.name.lower() for tier in tiers) or "device"
+
+
 def _gradient(bucket: Bucket, optimizer: ZeroOptimizer | None) -> str:
     if optimizer is None or not bucket.trainable:
         return "none"
@@ -40,9 +48,9 @@ def explain_plan(sharded: ShardedModel, optimizer: ZeroOptimizer | None) -> str:
         optimizer: its optimizer, for the bytes of the states; None leaves them out.
     """
     stage, mesh = sharded.stage, sharded.mesh
-    title = f"ZeRO stage {stage.number} · {mesh.world} rank(s) · {mesh.backend} · {mesh.device} · tier device"
+    title = f"ZeRO stage {stage.number} · {mesh.world} rank(s) · {mesh.backend} · {mesh.device}"
     table = Table(title=title)
-    for name in ("unit", "parameters", "elements", "slice", "compute", "master", "gradient", "bytes here"):
+    for name in ("unit", "parameters", "elements", "slice", "compute", "master", "lives", "gradient", "bytes here"):
         table.add_column(name, justify="right" if name in ("parameters", "elements", "slice", "bytes here") else "left")
     table.add_column("who gathers when")
     for bucket in sharded.buckets:
@@ -58,6 +66,7 @@ def explain_plan(sharded: ShardedModel, optimizer: ZeroOptimizer | None) -> str:
             f"{bucket.layout.slice_numel:,}",
             _short(bucket.types.compute),
             _short(bucket.types.master) if bucket.trainable else "frozen",
+            _lives(bucket),
             _gradient(bucket, optimizer),
             f"{whole + sum(t.nbytes for t in kept) + states:,}",
             _when(bucket),

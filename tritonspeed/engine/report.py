@@ -22,6 +22,9 @@ class StepReport:
         peak_of: the same categories when their sum was highest since the last step.
         peak_bytes: most bytes of model state and communication at any time since the last step; on a GPU the
             allocator's peak, activations included.
+        host_bytes, host_peak_bytes: of offloaded state and its buffers in the host's memory, at rest and at most.
+        disk_bytes: of offloaded state on disk.
+        links: (bytes, seconds busy) since the last step on each link that offload uses: "disk read", "disk write".
         forward_ms, backward_ms, step_ms: host time over all micro-steps; on a GPU meaningful with
             ``wall_clock_breakdown``, which waits for the device.
     """
@@ -36,6 +39,10 @@ class StepReport:
     bytes_of: dict[str, int] = field(default_factory=dict)
     peak_of: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
+    host_bytes: int = 0
+    host_peak_bytes: int = 0
+    disk_bytes: int = 0
+    links: dict[str, tuple[int, float]] = field(default_factory=dict)
     forward_ms: float = 0.0
     backward_ms: float = 0.0
     step_ms: float = 0.0
@@ -48,6 +55,10 @@ class StepReport:
         if self.loss_scale != 1.0:
             parts.append(f"loss scale {self.loss_scale:g}")
         parts.append(f"{self.peak_bytes / 2**20:,.0f} MiB")
+        if self.host_peak_bytes:
+            parts.append(f"host {self.host_peak_bytes / 2**20:,.0f} MiB")
+        if self.disk_bytes:
+            parts.append(f"disk {self.disk_bytes / 2**20:,.0f} MiB")
         return " · ".join(parts)
 
     def times(self) -> str:

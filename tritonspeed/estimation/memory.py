@@ -7,39 +7,54 @@ Between two steps, for P elements of a bucket (padding included), N ranks, c = b
                                     (`state`: bf16 4·P/N, 8bit 2·P/N and 4 bytes for each 256)
                                  (Muon: 4 where a matrix is, so ranks differ: the one with most is told of)
 
-From backward to the step it adds the gradients, 4·P/N (stage 0: 4·P; in the accumulate dtype). The peak adds what is on
-its way: at stage 3 the units that are whole, and at every stage one gradient that fills (c·P), one that travels, and
-what the peers send of it (c·P·(N-1)/N). It is found by walking one training iteration with the very order and limits
-that the run uses, on integers.
+From backward to the step it adds the gradients, 4·P/N (stage 0: 4·P; in the accumulate dtype; c·P where one rank and
+one micro-step are all). The peak adds what is on its way: at stage 3 the units that are whole, and at every stage one
+gradient that fills (c·P), one that travels, and what the peers send of it (c·P·(N-1)/N). It is found by walking one
+training iteration with the very order and limits that the run uses, on integers.
+
+Offloaded, the optimizer's bytes are the host's, or twice on disk (two slots), and at stage 3 c·P/N of parameters come
+with them, once; gradients wait on the host. The host then holds the buffers of the step besides: as many as the config
+says, of one tile of each fp32 tensor; and what parameters are read into. Where the update runs late, gradients last
+until the next forward has come to their unit.
 
     estimate(model, "ds_config.json", world_size=8).total_peak_bytes
 
-Activations are not in it, nor the framework's own memory, nor (on CPU ranks of one host) the 16 MiB window of each.
+What one process has resident where it trains on its CPU (``resident_bytes``) is bounded by the sum of: all this;
+activations (``inputs``); the framework; and a margin for what neither sees, by the figures beside ``MARGIN_BYTES``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import resource
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from tritonspeed.comm.shared import WINDOW_BYTES
 from tritonspeed.config import Config, ModelFacts, load
-from tritonspeed.kernels.dynamic_code import MIN_ELEMS, num_blocks
+from tritonspeed.estimation.activations import Activations, measure_activations
+from tritonspeed.estimation.paper import PaperBucket, PaperGroup, PaperHomes, PaperLedger, States
+from tritonspeed.estimation.walk import Walk, build
+from tritonspeed.offload import Offload
 from tritonspeed.optim.muon import NS_DTYPES, hidden_matrices
 from tritonspeed.precision import Policy
-from tritonspeed.zero.bucket import Ledger
 from tritonspeed.zero.layout import runs
 from tritonspeed.zero.options import ShardOptions
-from tritonspeed.zero.order import Order
-from tritonspeed.zero.plan import BucketPlan, UnitPlan, plan_buckets, plan_units
-from tritonspeed.zero.reduce import Reducer, departure_order
-from tritonspeed.zero.stages import Stage, stage_of
+from tritonspeed.zero.plan import plan_buckets, plan_units
+from tritonspeed.zero.reduce import departure_order
+from tritonspeed.zero.stages import stage_of
 from tritonspeed.zero.whole import plan_rounds
 
 _MOMENTS = {"sgd": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "adadelta": 2, "asgd": 2, "rprop": 2}
 # state tensors per element; those not named have Adam's two
+
+# RSS over what is counted, on torch 2.13 (see tests/offload/test_under_limit.py for the figures)
+MARGIN_BYTES = 128 * 2**20
+MARGIN_SHARE = 0.05
+FRAMEWORK_BYTES = 320 * 2**20  # an interpreter with torch and this package imported, where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -49,8 +64,15 @@ class Estimate:
     Attributes:
         stage, world_size: what it is for.
         num_parameters: elements of the model, without padding.
-        rest_bytes: between two steps.
+        rest_bytes: between two steps, where modules compute.
         peak_bytes: by category, at the moment in a step when their sum is highest.
+        host_rest_bytes, host_peak_bytes: the same of what is offloaded to the host, and of buffers there. Where the
+            ranks compute on the CPU it is the same memory, and comes on top.
+        disk_bytes: of the files, headers and both slots.
+        activation_bytes: of one micro batch's forward and backward, and of the model's buffers; None without inputs.
+        framework_bytes: what this process has resident now, without the model.
+        resident_bytes: bound on what a process whose rank computes on the CPU has resident, ever; without activations
+            where they are None. 0 on other devices.
     """
 
     stage: int
@@ -58,6 +80,12 @@ class Estimate:
     num_parameters: int
     rest_bytes: dict[str, int]
     peak_bytes: dict[str, int]
+    host_rest_bytes: dict[str, int] = field(default_factory=dict)
+    host_peak_bytes: dict[str, int] = field(default_factory=dict)
+    disk_bytes: int = 0
+    activation_bytes: int | None = None
+    framework_bytes: int = field(default=0, compare=False)
+    resident_bytes: int = field(default=0, compare=False)
 
     @property
     def total_rest_bytes(self) -> int:
@@ -67,147 +95,141 @@ class Estimate:
     def total_peak_bytes(self) -> int:
         return sum(self.peak_bytes.values())
 
+    @property
+    def total_host_peak_bytes(self) -> int:
+        return sum(self.host_peak_bytes.values())
+
     def __str__(self) -> str:
-        mib = {name: f"{n / 2**20:,.1f} MiB" for name, n in self.peak_bytes.items()}
-        parts = ", ".join(f"{name} {size}" for name, size in mib.items())
-        return (
+        lines = [
             f"{self.num_parameters:,} parameters, ZeRO stage {self.stage}, {self.world_size} rank(s): at rest"
-            f" {self.total_rest_bytes / 2**20:,.1f} MiB, at its peak {self.total_peak_bytes / 2**20:,.1f} MiB ({parts})"
-        )
+            f" {_mib(self.total_rest_bytes)}, at its peak {_mib(self.total_peak_bytes)} ({_parts(self.peak_bytes)})"
+        ]
+        if self.total_host_peak_bytes:
+            lines.append(f"host: {_mib(self.total_host_peak_bytes)} at its peak ({_parts(self.host_peak_bytes)})")
+        if self.disk_bytes:
+            lines.append(f"disk: {_mib(self.disk_bytes)}")
+        if self.activation_bytes is not None:
+            lines.append(f"activations: {_mib(self.activation_bytes)}")
+        if self.resident_bytes:
+            without = "" if self.activation_bytes is not None else ", activations not counted"
+            lines.append(
+                f"resident in this process: at most {_mib(self.resident_bytes)}{without}, of which"
+                f" {_mib(self.framework_bytes)} are there before the model"
+            )
+        return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _States:
-    """The optimizer's tensors: how many per element, and in which type."""
-
-    num_moments: int
-    kind: str
-
-    def slice_bytes(self, num_elems: int) -> int:
-        """Of one rank's slice of a bucket, whose parameters are taken to be one optimizer group."""
-        if self.kind != "8bit":
-            return self.num_moments * num_elems * (2 if self.kind == "bf16" else 4)
-        is_small = num_elems < MIN_ELEMS
-        return self.num_moments * (4 * num_elems if is_small else num_elems + 4 * num_blocks(0, num_elems))
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
-@dataclass
-class _PaperBucket:
-    """A bucket whose memory is only counted: what ``Reducer`` needs of one."""
-
-    plan: BucketPlan
-    stage: Stage
-    ledger: Ledger
-    outbox: object | None = None
-
-    def __post_init__(self) -> None:
-        self.layout, self.parameters, self.types = self.plan.layout, self.plan.parameters, self.plan.types
-        self.trainable = self.plan.trainable
-        self.frees = self.stage.shards_parameters and not self.plan.persistent
-        self.whole_bytes = self.layout.numel * self.types.compute.itemsize
-        self.owned = self.layout.slice_numel if self.stage.shards_optimizer else self.layout.numel
-        self._kind, self._outbox_bytes, self._grad_bytes = "communication", 0, 0
-
-    def rest(self, state_bytes: int) -> None:
-        """Enter what it holds between two steps; ``state_bytes`` of it are the optimizer's, besides the master."""
-        types, aliased = self.types, self.types.compute == self.types.master
-        if not self.frees:
-            self.ledger.add("parameters", self.whole_bytes)
-        elif not self.trainable:
-            self.ledger.add("parameters", self.layout.slice_numel * types.compute.itemsize)
-        if self.trainable:
-            if self.frees or not aliased:
-                self.ledger.add("parameters" if aliased else "optimizer", self.owned * types.master.itemsize)
-            self.ledger.add("optimizer", state_bytes)
-
-    def receive(self, index: int, gradient: object, accumulating: bool) -> None:
-        if self.outbox is None:
-            self.outbox = True
-            self._kind = "gradients" if accumulating else "communication"
-            itemsize = self.types.accumulate.itemsize if accumulating else self.types.compute.itemsize
-            self._outbox_bytes = self.layout.numel * itemsize
-            self.ledger.add(self._kind, self._outbox_bytes)
-
-    def send(self, accumulating: bool) -> Callable[[], None]:
-        self.receive(0, None, accumulating)
-        stands_in = self.types.accumulate if accumulating else self.types.compute
-        wire = self.types.reduce or stands_in
-        extra = self.layout.numel * wire.itemsize if wire != stands_in else 0
-        world = self.layout.world
-        received = (world - 1) * self.layout.slice_numel * wire.itemsize if world > 1 else 0
-        held = [(self._kind, self._outbox_bytes), ("communication", extra + received)]
-        self.ledger.add("communication", held[1][1])
-        self.outbox = None
-        if not self._grad_bytes:
-            self._grad_bytes = self.owned * self.types.accumulate.itemsize
-            self.ledger.add("gradients", self._grad_bytes)
-
-        def finish() -> None:
-            for kind, num_bytes in held:
-                self.ledger.add(kind, -num_bytes)
-
-        return finish
-
-    def drop_grad(self) -> None:
-        self.ledger.add("gradients", -self._grad_bytes)
-        self.outbox, self._grad_bytes = None, 0
+def _parts(bytes_of: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_mib(n)}" for name, n in bytes_of.items())
 
 
-class _PaperGroup:
-    """One unit: its buckets on paper, and whether they are whole."""
-
-    def __init__(self, index: int, unit: UnitPlan, buckets: list[_PaperBucket], ledger: Ledger) -> None:
-        self.index, self.name, self.modules = index, unit.name, unit.modules
-        self.buckets, self.ledger = buckets, ledger
-        self.num_elems = sum(b.layout.numel for b in buckets if b.frees)
-        self.frees = any(b.frees for b in buckets)
-        self.whole = False
-
-    def unshard(self) -> None:
-        self._set(True)
-
-    def reshard(self) -> None:
-        self._set(False)
-
-    def _set(self, whole: bool) -> None:
-        if self.frees and whole is not self.whole:
-            sign = 1 if whole else -1
-            self.ledger.add("communication", sign * sum(b.whole_bytes for b in self.buckets if b.frees))
-            self.whole = whole
-
-
-def estimate(model: nn.Module, config: Any, world_size: int) -> Estimate:
+def estimate(
+    model: nn.Module,
+    config: Any,
+    world_size: int,
+    inputs: Any = None,
+    offload: Offload | None = None,
+    device: str | None = None,
+) -> Estimate:
     """What one rank of ``world_size`` will hold when ``model`` is trained under ``config``.
 
     Args:
         model: shapes are enough: it may stand on the meta device. Its blocks are taken to run in registration order.
         config: as for ``initialize``.
         world_size: ranks.
+        inputs: one micro batch, for the activations: as for ``measure_activations``. None leaves them out.
+        offload: instead of what the config says.
+        device: what the ranks compute on, "cpu" or "cuda"; None is what this machine has.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     resolved = _resolve(model, config, world_size)
     policy = Policy.from_config(resolved)
     options = ShardOptions.from_config(resolved, policy)
-    stage, ledger = stage_of(int(resolved.zero_optimization.stage)), Ledger()
+    if offload is not None:
+        options = replace(options, offload=offload)
+    stage, ledger = stage_of(int(resolved.zero_optimization.stage)), PaperLedger()
     units = plan_units(model, options.leaves, options.param_persistence_threshold, options.model_persistence_threshold)
-    groups = []
-    for index, unit in enumerate(units):
-        plans = plan_buckets(unit, world_size, policy, options.wire)
-        groups.append(_PaperGroup(index, unit, [_PaperBucket(p, stage, ledger) for p in plans], ledger))
-    if resolved.optimizer is not None and (resolved.optimizer.type or "").lower() == "muon":
-        rounds = _enter_muon(model, groups, world_size, (resolved.optimizer.params or {}).get("ns_dtype", "bf16"))
-    else:
-        rounds, states = [], _States(_num_moments(resolved), _state_kind(resolved))
-        for bucket in (bucket for group in groups for bucket in group.buckets):
-            num_slices, slice_numel = bucket.owned // bucket.layout.slice_numel, bucket.layout.slice_numel
-            bucket.rest(num_slices * states.slice_bytes(slice_numel))
-    rest = dict(ledger.bytes_of)
-    _walk(groups, stage, options, int(resolved.gradient_accumulation_steps or 1), rounds)
-    return Estimate(stage.number, world_size, sum(p.numel() for p in model.parameters()), rest, ledger.peak_of)
+    plans = [plan_buckets(unit, world_size, policy, options.wire) for unit in units]
+    homes = PaperHomes(options, device, world_size, stage, ledger, [plan for unit in plans for plan in unit])
+    rounds_at_random = bool(_optimizer_params(resolved).get("stochastic_rounding"))
+    groups = [
+        PaperGroup(i, unit, [PaperBucket(p, stage, ledger, homes, rounds_at_random) for p in plans[i]])
+        for i, unit in enumerate(units)
+    ]
+    building = build(groups, ledger)
+    rounds = _enter_states(model, groups, resolved, world_size)
+    accumulation = int(resolved.gradient_accumulation_steps or 1)
+    Walk(groups, homes, ledger, stage, options, accumulation, rounds, _steps_flat(resolved)).run()
+    found = None if inputs is None else _activations(model, inputs, policy)
+    framework = framework_bytes(model)
+    return Estimate(
+        stage.number,
+        world_size,
+        sum(p.numel() for p in model.parameters()),
+        dict(ledger.bytes_of),
+        ledger.peak_of,
+        dict(ledger.host.bytes_of),
+        ledger.host.peak_of,
+        homes.folder.num_bytes,
+        None if found is None else found.peak_bytes,
+        framework,
+        _bound(framework, building, ledger.together, found, world_size) if device == "cpu" else 0,
+    )
+
+
+def _activations(model: nn.Module, inputs: Any, policy: Policy) -> Activations:
+    return measure_activations(model, inputs, policy.param, policy.autocast)
+
+
+def _bound(
+    framework: int, building: int, together: dict[str, int], activations: Activations | None, world_size: int
+) -> int:
+    """What is never exceeded: phases follow each other, so their peaks do not add up."""
+    forward = together["forward"] + (activations.forward_bytes if activations else 0)
+    backward = together["backward"] + (activations.backward_bytes if activations else 0)
+    most = max(building, forward, backward, together["step"] + (activations.kept_bytes if activations else 0))
+    windows = world_size * WINDOW_BYTES if world_size > 1 else 0
+    return framework + windows + MARGIN_BYTES + round((1 + MARGIN_SHARE) * most)
+
+
+def framework_bytes(model: nn.Module | None = None) -> int:
+    """What this process has resident, without the model's parameters and buffers that have memory here."""
+    tensors = [] if model is None else [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return FRAMEWORK_BYTES
+    return max(0, pages * resource.getpagesize() - sum(storages.values()))
 
 
 def _resolve(model: nn.Module, config: Any, world_size: int) -> Config:
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     return load(config).resolve(world_size, ModelFacts(hidden_size=hidden))
+
+
+def _enter_states(model: nn.Module, groups: list[PaperGroup], config: Config, world_size: int) -> list[int]:
+    """Enter the optimizer's; the most that each round of its step holds, where it needs whole matrices."""
+    if config.optimizer is not None and (config.optimizer.type or "").lower() == "muon":
+        return _enter_muon(model, groups, world_size, _optimizer_params(config).get("ns_dtype", "bf16"))
+    states = States(_num_moments(config), _state_kind(config))
+    for bucket in departure_order(groups):
+        bucket.enter_states(states)
+    return []
+
+
+def _optimizer_params(config: Config) -> dict[str, Any]:
+    return {} if config.optimizer is None else dict(config.optimizer.params or {})
+
+
+def _steps_flat(config: Config) -> bool:
+    """Whether the optimizer is one of ours, which take a tile at a time; nobody's config names another's."""
+    name = "adamw" if config.optimizer is None else (config.optimizer.type or "adamw").lower()
+    return name in ("adam", "adamw", "lion", "adagrad") and not _optimizer_params(config).get("torch_adam")
 
 
 def _num_moments(config: Config) -> int:
@@ -219,19 +241,19 @@ def _num_moments(config: Config) -> int:
     return _MOMENTS.get(name, 2)
 
 
-def _enter_muon(model: nn.Module, groups: list[_PaperGroup], world: int, ns_dtype: str) -> list[int]:
+def _enter_muon(model: nn.Module, groups: list[PaperGroup], world: int, ns_dtype: str) -> list[int]:
     """Enter what the buckets hold between two steps, on the rank with most state; the most that each round holds."""
     hidden, buckets = hidden_matrices(model), departure_order(groups)
     shards = any(bucket.owned != bucket.layout.numel for bucket in buckets)
 
-    def moments(bucket: _PaperBucket, rank: int) -> int:
+    def moments(bucket: PaperBucket, rank: int) -> int:
         lo, hi = bucket.layout.interval(rank) if shards else (0, bucket.layout.numel)
         number = {s.name: 2 - hidden[id(p)] for s, p in zip(bucket.layout.spans, bucket.parameters, strict=True)}
         return sum(num * (end - start) for num, start, end in runs(bucket.layout.spans, number, lo, hi))
 
     fullest = max(range(world if shards else 1), key=lambda rank: sum(moments(bucket, rank) for bucket in buckets))
-    for bucket in (bucket for group in groups for bucket in group.buckets):
-        bucket.rest(moments(bucket, fullest) * bucket.types.master.itemsize if bucket.trainable else 0)
+    for bucket in buckets:
+        bucket.enter_states(moments(bucket, fullest) * bucket.types.master.itemsize)
     spans = [
         [(s, 0) for s, p in zip(b.layout.spans, b.parameters, strict=True) if s.numel and hidden[id(p)]]
         for b in buckets
@@ -244,69 +266,3 @@ def _enter_muon(model: nn.Module, groups: list[_PaperGroup], world: int, ns_dtyp
 def _state_kind(config: Config) -> str:
     params = None if config.optimizer is None else config.optimizer.params
     return (params or {}).get("state") or "fp32"
-
-
-def _walk(
-    groups: list[_PaperGroup], stage: Stage, options: ShardOptions, num_accumulated: int, rounds: list[int]
-) -> None:
-    """Two iterations over the units, the first to learn their order; enters the peak.
-
-    Args:
-        rounds: bytes that each round of the optimizer's step holds, where it needs whole matrices.
-    """
-    reducer = Reducer(departure_order(groups), options.overlap, options.reduce_bucket_size, stage.shards_gradients)
-    reducer.num_accumulated = num_accumulated
-    order = Order([g.num_elems for g in groups], options.limits)
-
-    def live() -> int:
-        return sum(g.num_elems for g in groups if g.whole)
-
-    def need(group: _PaperGroup) -> None:
-        order.need(group.index)
-        group.unshard()
-        for index in order.ahead(live()):
-            groups[index].unshard()
-
-    def leave_forward(group: _PaperGroup) -> None:
-        if group.frees and not order.keep(group.index, live()):
-            group.reshard()
-
-    def gradients(group: _PaperGroup, some: slice = slice(None)) -> None:
-        for bucket in group.buckets:
-            for i in range(len(bucket.parameters))[some] if bucket.trainable else ():
-                reducer.receive(bucket, i, None)
-
-    root, units = groups[0], [g for g in groups[1:] if g.frees or any(b.trainable for b in g.buckets)]
-    for micro_step in range(1, 2 * num_accumulated + 1):
-        reducer.sending = stage.shards_gradients or micro_step % num_accumulated == 0
-        order.begin("train")
-        for group in [root, *units]:
-            if group.frees:
-                need(group)
-                if group is not root:
-                    leave_forward(group)
-        leave_forward(root)
-        if root.frees:
-            need(root)
-        gradients(root, slice(1))  # a final norm or a head comes first, the embedding last: open all the time
-        for group in reversed(units):
-            if group.frees:
-                need(group)
-            gradients(group)
-            group.reshard()
-            if not all(isinstance(module, nn.Embedding) for module in group.modules):
-                reducer.leave(group.buckets)  # tokens have no gradient, so nothing tells that backward left them
-        gradients(root, slice(1, None))
-        reducer.finish_backward()
-        for group in groups:
-            group.reshard()
-        if micro_step % num_accumulated == 0:
-            _step(groups, rounds)
-
-
-def _step(groups: list[_PaperGroup], rounds: list[int]) -> None:
-    for num_bytes in rounds:
-        groups[0].ledger.add("communication", num_bytes)
-        groups[0].ledger.add("communication", -num_bytes)
-    for bucket in (bucket for group in groups for bucket in group.buckets):
-        bucket.drop_grad()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tritonspeed.config import Config
 
 TILE_ELEMS = 4 * 2**20  # 16 MiB of each fp32 tensor: long enough for the disk, and a ring of four is under 200 MiB
+MIN_TILE_ELEMS = 16384  # four pages of bytes: room to end a tile where no chunk is left too small for 8-bit moments
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Offload:
         parameter_buffers, parameter_buffer_elems: reading ahead holds at most so many buffers of so many elements; one
             unit always may.
         max_in_cpu: parameter elements that stay in host memory, where the rest is on disk.
-        tile_elems: elements that are fetched, updated and stored together; a multiple of 4,096.
+        tile_elems: elements that are fetched, updated and stored together; a multiple of 4,096, at
+            least 16,384.
         overlap: update under the next forward, where parameters are sharded (stage 3); None does so where the
             optimizer's part is on disk, or runs on the host of a GPU.
         requests: sizes and numbers of disk requests.
@@ -81,8 +83,10 @@ class Offload:
             raise ValueError(f"Offload: ratio is {self.ratio}, must be from 0 to 1")
         if self.buffers < 1 or self.parameter_buffers < 1:
             raise ValueError(f"Offload: {self.buffers} and {self.parameter_buffers} buffers, must be at least 1 each")
-        if self.tile_elems < 4096 or self.tile_elems % 4096:
-            raise ValueError(f"Offload: tile_elems is {self.tile_elems}, must be a multiple of 4096")
+        if self.tile_elems < MIN_TILE_ELEMS or self.tile_elems % 4096:
+            raise ValueError(
+                f"Offload: tile_elems is {self.tile_elems}, must be a multiple of 4096, at least {MIN_TILE_ELEMS}"
+            )
 
     @classmethod
     def from_config(cls, config: Config) -> Offload:

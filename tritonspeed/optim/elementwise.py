@@ -128,8 +128,9 @@ class ElementwiseOptimizer(Optimizer):
         param_out: Tensor | None = None,
         first_element: int = 0,
         place: int | None = None,
+        group: dict[str, Any] | None = None,
     ) -> None:
-        """Update one flat fp32 master in place, with its group's current hyperparameters.
+        """Update one flat fp32 master in place.
 
         Args:
             param: (n,) fp32, contiguous, in ``param_groups``.
@@ -138,12 +139,13 @@ class ElementwiseOptimizer(Optimizer):
             param_out: (n,) bf16 or fp16, receives the rounded weights.
             first_element: index of param[0] in the unsharded buffer, a multiple of 4; stochastic rounding follows it.
             place: number of that buffer, which stochastic rounding follows too; None is param's place in the groups.
+            group: the hyperparameters; None takes what its group has now.
 
         Raises:
             ValueError: types or sizes that do not fit, or a param that this optimizer does not hold.
         """
         state = self._state_of(param, first_element)
-        self._update_(param, param, grad, state, grad_scale, param_out, first_element, place)
+        self._update_(param, param, grad, state, grad_scale, param_out, first_element, place, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; every state keeps its own type, whatever the parameter's."""
@@ -225,9 +227,10 @@ class ElementwiseOptimizer(Optimizer):
         param_out: Tensor | None,
         first_element: int,
         place: int | None = None,
+        group: dict[str, Any] | None = None,
     ) -> None:
         g, in_groups = self._place_of(param)
-        group = self.param_groups[g]
+        group = self.param_groups[g] if group is None else group
         state["step"] += 1
         # a tensor without data has no number to give, and its update is not computed: any will do
         step = 1 if isinstance(state["step"], FakeTensor) else int(state["step"].item())

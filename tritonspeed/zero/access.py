@@ -27,11 +27,7 @@ def _part(p: Parameter) -> tuple[Bucket, int, int, int]:
 
 
 def _master(bucket: Bucket, lo: int, hi: int) -> Tensor:
-    truth = bucket.master if bucket.trainable else bucket.shard
-    if truth is None:
-        return bucket.whole[lo:hi]
-    base = bucket.owned[0] if bucket.trainable else bucket.own[0]
-    return truth[lo - base : hi - base]
+    return bucket.read_master(lo, hi)
 
 
 def _stepper(bucket: Bucket) -> ZeroOptimizer:
@@ -87,12 +83,12 @@ def safe_set_full_fp32_param(param: Parameter, value: Tensor) -> None:
     span = bucket.layout.spans[index]
     if bucket.state is not ShardState.SHARDED:
         bucket.whole[span.offset : span.end].copy_(flat)
-    lo, hi = bucket.owned if bucket.trainable else bucket.own
-    lo, hi = max(lo, span.offset), min(hi, span.end)
+    lo, hi = max(bucket.owned[0], span.offset), min(bucket.owned[1], span.end)
     if lo < hi:
-        _master(bucket, lo, hi).copy_(flat[lo - span.offset : hi - span.offset])
-    if bucket.master is not None and bucket.shard is not None:
-        bucket.shard.copy_(bucket.master)
+        bucket.write_master(lo, flat[lo - span.offset : hi - span.offset])
+    lo, hi = max(bucket.own[0], span.offset), min(bucket.own[1], span.end)
+    if lo < hi:
+        bucket.write_shard(lo, flat[lo - span.offset : hi - span.offset])
 
 
 def safe_get_full_grad(param: Parameter) -> Tensor | None:

@@ -5,17 +5,19 @@ of a bucket leaves in one piece. Sizes in elements, N ranks, P = layout.numel:
 
     whole     W[P]     compute dtype     what the modules compute with; at stage 3 only while in use
     master    M[P/N]   fp32              what the optimizer updates (stage 0: M[P]); trainable buckets only
-    shard     S[P/N]   compute dtype     stage 3, frozen buckets and stochastic rounding: ``whole`` is gathered from it
+    shard     S[P/N]   compute dtype     what ``whole`` is gathered from at stage 3 where it is not the rounded master:
+                                         frozen, rounded at random, or the master is elsewhere
     grad      G[P/N]   accumulate dtype  the sum over the ranks (stage 0: G[P]), from its first reduction to the step
     outbox    g[P]     compute dtype     this rank's gradient, from its first element to its departure
 
 Where the compute dtype is the master's, ``master`` is the own slice of ``whole`` itself (stages 0-2), not a copy.
+Master and shard may live in other tiers than the device: ``homes`` knows. On disk they are ``master_flat`` and
+``shard_flat``, and the attributes of a resident one are None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -25,6 +27,12 @@ from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Pending
+from tritonspeed.offload import Tier
+from tritonspeed.offload.disk import DiskFlat
+from tritonspeed.offload.tiers import Handle
+from tritonspeed.zero.gradient import Gradient
+from tritonspeed.zero.homes import Homes
+from tritonspeed.zero.ledger import Ledger
 from tritonspeed.zero.plan import BucketPlan
 from tritonspeed.zero.stages import Stage
 
@@ -43,36 +51,7 @@ class ShardState(Enum):
     WHOLE = "whole"
 
 
-@dataclass
-class Ledger:
-    """Bytes this rank holds, by category, and the highest total since ``reset_peak``.
-
-    Every allocation of a bucket passes here, so that the memory equation can be held to what was really allocated.
-    """
-
-    bytes_of: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("parameters", "gradients", "optimizer", "communication"), 0)
-    )
-    peak_bytes: int = 0
-    peak_of: dict[str, int] = field(default_factory=dict)
-
-    def add(self, category: str, num_bytes: int) -> None:
-        """Enter ``num_bytes`` more (or, negative, fewer) bytes of ``category``."""
-        self.bytes_of[category] += num_bytes
-        total = self.total_bytes
-        if total > self.peak_bytes:
-            self.peak_bytes, self.peak_of = total, dict(self.bytes_of)
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.bytes_of.values())
-
-    def reset_peak(self) -> None:
-        """Start a new peak at what is held now."""
-        self.peak_bytes, self.peak_of = self.total_bytes, dict(self.bytes_of)
-
-
-class Bucket:
+class Bucket(Gradient):
     """See the module's docstring. Made whole; ``reshard`` frees it where the stage shards parameters.
 
     Args:
@@ -81,26 +60,36 @@ class Bucket:
         stage: what is sharded; a persistent bucket keeps its parameters at stage 3 too.
         ledger: where its bytes are entered.
         trains: False where no optimizer will come: then there are neither masters nor gradients.
+        homes: where masters and shards live; None is the device.
     """
 
-    def __init__(self, plan: BucketPlan, mesh: Mesh, stage: Stage, ledger: Ledger, trains: bool = True) -> None:
+    def __init__(
+        self,
+        plan: BucketPlan,
+        mesh: Mesh,
+        stage: Stage,
+        ledger: Ledger,
+        trains: bool = True,
+        homes: Homes | None = None,
+    ) -> None:
+        super().__init__()
         self.name, self.layout, self.types = plan.name, plan.layout, plan.types
         self.parameters = list(plan.parameters)
-        self.mesh, self.ledger = mesh, ledger
+        self.mesh, self.ledger, self.homes = mesh, ledger, homes
+        self.tier, self.shard_tier = homes.tiers(plan.name) if homes else (Tier.DEVICE, Tier.DEVICE)
         self.trainable = plan.trainable and trains
         self.frees = stage.shards_parameters and not plan.persistent
         self.own = self.layout.interval(mesh.rank)
         self.owned = self.own if stage.shards_optimizer else (0, self.layout.numel)
         self.state = ShardState.WHOLE
-        self.master: Tensor | None = None
+        self.master: Tensor | None = None  # None too where it is on disk: ``master_flat``
+        self.master_flat: DiskFlat | None = None
         self.shard: Tensor | None = None
-        self.grad: Tensor | None = None
-        self.has_grad = False
-        self.outbox: Tensor | None = None
-        self.filled: set[int] = set()  # parameters whose gradient stands in the outbox
-        self._outbox_kind = "communication"
+        self.shard_flat: DiskFlat | None = None
         self.stepper: Any = None  # the ZeroOptimizer that updates it
+        self.is_updating = False  # the stepper has not come to it yet: ``settle`` waits
         self._pending: Pending | None = None
+        self._arriving: tuple[Handle, Tensor] | None = None  # the shard, on its way from the disk
         self._take_values()
 
     @property
@@ -122,25 +111,64 @@ class Bucket:
             for p, span in zip(self.parameters, self.layout.spans, strict=True):
                 values[span.offset : span.end].copy_(p.detach().reshape(-1))
         comm.broadcast_(self.mesh, values, 0, self.name)
-        compute, master = self.types.compute, self.types.master
-        self.whole = values if source_type == compute else values.to(compute)
+        compute = self.types.compute
+        self.whole = values if values.dtype == compute else values.to(compute)
         self.ledger.add("communication" if self.frees else "parameters", self._whole_bytes)
-        lo, hi = self.owned
         if self.trainable:
-            if compute == master and not self.frees:
-                self.master = self.whole[lo:hi]
-            else:
-                self.master = values[lo:hi].to(master, copy=True)
-                self.ledger.add("parameters" if compute == master else "optimizer", self.master.nbytes)
-        elif self.frees:
-            self.shard = self.whole[slice(*self.own)].clone()
-            self.ledger.add("parameters", self.shard.nbytes)
+            self._cut_master(values)
+        if self.frees and (not self.trainable or not self.rounds_master):
+            self._cut_shard()
         self._views = [self.whole[s.offset : s.end].view(s.shape) for s in self.layout.spans]
         self._show(self._views)
         # true shapes without memory: one NaN seen everywhere, so reading is loud and writing in place is an error
         nothing = float("nan") if compute.is_floating_point else 0
         self._blank = torch.full((), nothing, dtype=compute, device=self.mesh.device)
         self._blanks = [self._blank.expand(s.shape) for s in self.layout.spans] if self.frees else []
+
+    @property
+    def rounds_master(self) -> bool:
+        """Whether the shard is the rounded master, made where it is needed: the master stands where modules compute."""
+        shares = self.homes is None or self.homes.shares_memory
+        return self.tier is Tier.DEVICE or (self.tier is Tier.HOST and shares)
+
+    def _cut_master(self, values: Tensor) -> None:
+        """This rank's masters, in their tier.
+
+        Args:
+            values: (P,) of the whole bucket, in the dtype that the parameters had.
+        """
+        compute, master, (lo, hi) = self.types.compute, self.types.master, self.owned
+        category = "parameters" if compute == master else "optimizer"
+        if self.rounds_master and compute == master and not self.frees:
+            self.master = self.whole[lo:hi]
+        elif self.tier is Tier.DEVICE:
+            self.master = values[lo:hi].to(master, copy=True)
+            self.ledger.add(category, self.master.nbytes)
+        elif self.tier is Tier.HOST:
+            assert self.homes is not None, "another tier than the device has homes"
+            self.master = self.homes.empty(hi - lo, master).copy_(values[lo:hi])
+            self.ledger.host.add(category, self.master.nbytes)
+        else:
+            assert self.homes is not None, "another tier than the device has homes"
+            self.master_flat = self.homes.on_disk(self.name, "master", master, self.layout, self.owned)
+            self.master_flat.fill(values[lo:hi].to("cpu", master))
+
+    def _cut_shard(self) -> None:
+        """This rank's slice in the compute dtype, in its tier."""
+        own = self.whole[slice(*self.own)]
+        if self.shard_tier is Tier.DISK:
+            assert self.homes is not None, "another tier than the device has homes"
+            self.shard_flat = self.homes.on_disk(
+                self.name, "parameters", self.types.compute, self.layout, self.own, slots=1
+            )
+            self.shard_flat.fill(own.to("cpu"))
+        elif self.shard_tier is Tier.HOST:
+            assert self.homes is not None, "another tier than the device has homes"
+            self.shard = self.homes.empty(own.numel(), own.dtype, crosses=True).copy_(own)
+            self.ledger.host.add("parameters", self.shard.nbytes)
+        else:
+            self.shard = own.clone()
+            self.ledger.add("parameters", self.shard.nbytes)
 
     @property
     def _whole_bytes(self) -> int:
@@ -150,18 +178,48 @@ class Bucket:
         for p, tensor in zip(self.parameters, tensors, strict=True):
             p.data = tensor
 
-    # parameters: unshard / reshard
+    def unshard(self, ahead: bool = False) -> None:
+        """Start gathering ``whole``; a no-op unless it is sharded. ``wait`` ends it.
 
-    def unshard(self) -> None:
-        """Start gathering ``whole``; a no-op unless it is sharded. ``wait`` ends it."""
+        Args:
+            ahead: it is not needed yet: what is on disk may be left there while reading ahead has no room.
+        """
         if self.state is not ShardState.SHARDED:
             return
+        if ahead and (self.is_updating or not self._has_room()):
+            return
+        self.settle()
         self._check_blank()
         self.whole.untyped_storage().resize_(self._whole_bytes)
         self.ledger.add("communication", self._whole_bytes)
-        self._fill_own()
-        self._pending = comm.all_gather_(self.mesh, self.whole, self.name)
+        if self.shard_flat is not None:
+            self._arriving = self._fetch_shard()  # a gather under way holds the ranks' order: it starts in ``wait``
+        else:
+            self._fill_own()
+            self._pending = comm.all_gather_(self.mesh, self.whole, self.name)
         self.state = ShardState.GATHERING
+
+    def _has_room(self) -> bool:
+        if self.shard_flat is None:
+            return True
+        assert self.homes is not None, "another tier than the device has homes"
+        return self.homes.may_stage(self.layout.slice_numel * self.types.compute.itemsize)
+
+    def _fetch_shard(self) -> tuple[Handle, Tensor]:
+        assert self.homes is not None and self.shard_flat is not None, "a shard on disk has a home"
+        staging = self.homes.stage(self.shard_flat.numel, self.shard_flat.dtype)
+        return self.shard_flat.fetch(0, self.shard_flat.numel, staging), staging
+
+    def settle(self, committed: bool = False) -> None:
+        """Until the optimizer has updated this bucket, if it is about to.
+
+        Args:
+            committed: wait until what it has written to disk is the truth, which is when all buckets have been updated.
+        """
+        if committed and self.stepper is not None:
+            self.stepper.late.finish()
+        elif self.is_updating:
+            self.stepper.settle(self)
 
     def _check_blank(self) -> None:
         """``fill_`` and ``zero_`` are allowed to write the one element that a placeholder is. On a GPU, looking would
@@ -176,22 +234,36 @@ class Bucket:
             )
 
     def _fill_own(self) -> None:
+        """Put this rank's slice into ``whole``, which has memory."""
+        place = self.whole[slice(*self.own)]
+        if self.shard_flat is not None:
+            handle, staging = self._arriving or self._fetch_shard()
+            self._arriving = None
+            handle.wait()
+            place.copy_(staging)
+            assert self.homes is not None, "another tier than the device has homes"
+            self.homes.unstage(staging)
+            return
         source = self.shard if self.shard is not None else self.master
         assert source is not None, "a bucket that frees its parameters has something to gather them from"
-        self.whole[slice(*self.own)].copy_(source)
+        place.copy_(source, non_blocking=True)
 
     def keep_rounded(self) -> None:
         """Hold the bf16 copy of the own slice, because it is not what rounding the master again would give.
 
         No other type is rounded at random: there is nothing to hold.
         """
-        if self.frees and self.shard is None and self.master is not None and self.types.compute == torch.bfloat16:
+        if self.frees and self.rounds_master and self.shard is None and self.types.compute == torch.bfloat16:
+            assert self.master is not None, "only trainable buckets are stepped"
             self.shard = self.master.to(self.types.compute)
             self.ledger.add("parameters", self.shard.nbytes)
 
     def wait(self) -> None:
         """Until the gather has landed; then the parameters are views of ``whole``."""
         if self.state is ShardState.GATHERING:
+            if self._arriving is not None:
+                self._fill_own()
+                self._pending = comm.all_gather_(self.mesh, self.whole, self.name)
             assert self._pending is not None, "a gathering bucket has a gather under way"
             self._pending.wait()
             self._pending = None
@@ -210,7 +282,7 @@ class Bucket:
 
     def renew(self) -> None:
         """After a step: if somebody holds ``whole`` although the stage frees it, gather the updated values again."""
-        if self.frees and self.state is not ShardState.SHARDED and self.master is not None:
+        if self.frees and self.state is not ShardState.SHARDED and self.trainable:
             self.wait()
             self._fill_own()
             comm.all_gather_(self.mesh, self.whole, self.name).wait()
@@ -221,14 +293,45 @@ class Bucket:
         Args:
             indices: which parameters; the masters of the others keep the bits that ``whole`` does not have.
         """
-        truths = [(self.master, self.owned), (self.shard, self.own)]
-        for truth, (lo, hi) in truths:
-            if truth is None or truth.data_ptr() == self.whole[lo:hi].data_ptr():
-                continue
-            for span in (self.layout.spans[i] for i in indices):
+        for span in (self.layout.spans[i] for i in indices):
+            for (lo, hi), write in ((self.owned, self.write_master), (self.own, self.write_shard)):
                 start, end = max(lo, span.offset), min(hi, span.end)
                 if start < end:
-                    truth[start - lo : end - lo].copy_(self.whole[start:end])
+                    write(start, self.whole[start:end])
+
+    def read_master(self, lo: int, hi: int) -> Tensor:
+        """Elements [lo, hi) of the bucket as this rank has them best: master, else shard, else ``whole``.
+
+        They are within ``owned`` where there are masters, else within ``own``. A view, unless they are on disk.
+        """
+        self.settle(committed=True)
+        if self.trainable:
+            flat, resident, first = self.master_flat, self.master, self.owned[0]
+        else:
+            flat, resident, first = self.shard_flat, self.shard, self.own[0]
+        if flat is not None and lo < hi:
+            return flat.read(lo - first, hi - first)
+        if flat is not None:
+            return torch.empty(0, dtype=flat.dtype)  # this rank has none of it
+        return self.whole[lo:hi] if resident is None else resident[lo - first : hi - first]
+
+    def write_master(self, lo: int, values: Tensor) -> None:
+        """Set the masters from the bucket's element ``lo`` on, within ``owned``; nothing where there are none."""
+        self.settle(committed=True)
+        at = lo - self.owned[0]
+        if self.master_flat is not None:
+            self.master_flat.edit(at, values.to("cpu", self.types.master))
+        elif self.master is not None and values.data_ptr() != self.master[at:].data_ptr():
+            self.master[at : at + values.numel()].copy_(values)
+
+    def write_shard(self, lo: int, values: Tensor) -> None:
+        """Set the shard from the bucket's element ``lo`` on, within ``own``; nothing where there is none."""
+        self.settle()
+        at = lo - self.own[0]
+        if self.shard_flat is not None:
+            self.shard_flat.edit(at, values.to("cpu", self.types.compute))
+        elif self.shard is not None:
+            self.shard[at : at + values.numel()].copy_(values)
 
     def disown(self, parameters: Iterable[Parameter]) -> None:
         """Others manage these parameters from now on; when none is left, the memory goes."""
@@ -239,6 +342,10 @@ class Bucket:
         self._blanks = [self._blanks[i] for i in kept] if self._blanks else []
         if not kept:
             self.master = self.shard = None
+            for flat in (self.master_flat, self.shard_flat):
+                if flat is not None:
+                    flat.remove()
+            self.master_flat = self.shard_flat = None
             self.whole.untyped_storage().resize_(0)
 
     def publish(self) -> Pending:
@@ -246,91 +353,3 @@ class Bucket:
         if self.frees or self.owned == (0, self.layout.numel):
             return Pending(self.mesh, [])
         return comm.all_gather_(self.mesh, self.whole, self.name)
-
-    # gradients: receive / send
-
-    def receive(self, index: int, gradient: Tensor, accumulating: bool) -> None:
-        """Take parameter ``index``'s gradient of this backward into the outbox.
-
-        Args:
-            accumulating: more is to be added before it leaves, so it stands in the accumulate dtype.
-        """
-        self._open_outbox(accumulating)
-        assert self.outbox is not None, "an open outbox exists"
-        span = self.layout.spans[index]
-        place = self.outbox[span.offset : span.end].view(span.shape)
-        if index in self.filled:
-            place.add_(gradient)
-        else:
-            place.copy_(gradient)
-            self.filled.add(index)
-
-    def _open_outbox(self, accumulating: bool) -> None:
-        if self.outbox is None:
-            dtype = self.types.accumulate if accumulating else self.types.compute
-            self.outbox = torch.empty(self.layout.numel, dtype=dtype, device=self.mesh.device)
-            self._outbox_kind = "gradients" if accumulating else "communication"
-            self.ledger.add(self._outbox_kind, self.outbox.nbytes)
-
-    def send(self, accumulating: bool) -> Callable[[], None]:
-        """Start the reduction of the outbox into ``grad``; returns what ends it (wait, sum, free).
-
-        Parameters without a gradient, and the padding, leave as zeros.
-        """
-        self._open_outbox(accumulating)
-        assert self.outbox is not None, "an open outbox exists"
-        self._zero_gaps(self.outbox)
-        outbox, category, self.outbox, self.filled = self.outbox, self._outbox_kind, None, set()
-        wire_type = self.types.reduce or outbox.dtype
-        wire = outbox if wire_type == outbox.dtype else outbox.to(wire_type)
-        held = [(category, outbox.nbytes)] + ([("communication", wire.nbytes)] if wire is not outbox else [])
-        if self.mesh.world > 1:
-            received_bytes = (self.mesh.world - 1) * self.layout.slice_numel * wire_type.itemsize
-            held.append(("communication", received_bytes))
-            self.ledger.add("communication", received_bytes + (wire.nbytes if wire is not outbox else 0))
-        if self.grad is None:
-            self.grad = torch.empty(self.owned[1] - self.owned[0], dtype=self.types.accumulate, device=self.mesh.device)
-            self.ledger.add("gradients", self.grad.nbytes)
-        target = self.grad if self.owned == self.own else self.grad[slice(*self.own)]
-        pending = comm.reduce_scatter(self.mesh, wire, target, self.has_grad, self.name)
-        self.has_grad = True
-
-        def finish() -> None:
-            pending.wait()
-            for kind, num_bytes in held:
-                self.ledger.add(kind, -num_bytes)
-
-        return finish
-
-    def complete_grad(self) -> Pending:
-        """Stage 0: every rank wants every slice's sum, so the sums are gathered; elsewhere nothing is left to do."""
-        if self.grad is None or self.owned == self.own:
-            return Pending(self.mesh, [])
-        return comm.all_gather_(self.mesh, self.grad, f"{self.name}.grad")
-
-    def _zero_gaps(self, flat: Tensor) -> None:
-        """Zero everything in ``flat`` that no gradient of this backward was written to."""
-        end = 0
-        for i, span in enumerate(self.layout.spans):
-            if i in self.filled:
-                if span.offset > end:
-                    flat[end : span.offset].zero_()
-                end = span.end
-        if end < flat.numel():
-            flat[end:].zero_()
-
-    def own_grad(self) -> Tensor | None:
-        """This rank's slice of the summed gradient, (P/N,), or None where there is none yet."""
-        if self.grad is None or not self.has_grad:
-            return None
-        return self.grad if self.owned == self.own else self.grad[slice(*self.own)]
-
-    def drop_grad(self) -> None:
-        """Forget what was accumulated, and free it: forward needs the room for activations."""
-        if self.grad is not None:
-            self.ledger.add("gradients", -self.grad.nbytes)
-        self.grad, self.has_grad = None, False
-        self.filled.clear()
-        if self.outbox is not None:
-            self.ledger.add(self._outbox_kind, -self.outbox.nbytes)
-            self.outbox = None

@@ -14,9 +14,11 @@ scale of its own for the part of the block that it holds: the same at every ``su
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -40,14 +42,14 @@ class Chunk:
         """The summed gradient of these elements, not yet unscaled."""
         grad = self.bucket.grad
         assert grad is not None, "a step follows a reduction"
-        return grad[self.start - self.bucket.owned[0] : self.end - self.bucket.owned[0]]
+        return grad[self.start - self.bucket.owned[0] : self.end - self.bucket.owned[0]].to(self.master.device)
 
     def low_precision(self) -> Tensor | None:
         """Where the compute-dtype copy is written; None where the master is the parameter, or stage 3 casts later."""
         bucket = self.bucket
         if bucket.frees and bucket.shard is not None:
             return bucket.shard[self.start - bucket.own[0] : self.end - bucket.own[0]]
-        if bucket.frees or bucket.types.compute == bucket.types.master:
+        if bucket.frees or (bucket.types.compute == bucket.types.master and bucket.rounds_master):
             return None
         return bucket.whole[self.start : self.end]
 
@@ -68,17 +70,32 @@ def cuts(start: int, end: int, max_elems: int) -> list[int]:
     return [start, *range(round_up(start, CUT_ELEMS) + step, end - MIN_ELEMS + 1, step), end]
 
 
-def cut_chunks(bucket: Bucket, group_of_name: dict[str, int], max_elems: int) -> list[tuple[int, Chunk]]:
+def blank(numel: int, dtype: torch.dtype) -> Tensor:
+    """(numel,) of true shape without memory: one NaN, or 0, seen everywhere."""
+    return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype).expand(numel)
+
+
+def cut_chunks(
+    bucket: Bucket, group_of_name: dict[str, int], max_elems: int, tile_ends: Sequence[int] = ()
+) -> list[tuple[int, Chunk]]:
     """The optimizer's chunks of one bucket, each with the index of its optimizer group (-1: in none, left out).
 
     Args:
         max_elems: longest chunk (``sub_group_size``), as in ``cuts``; 0 is no bound.
+        tile_ends: where to cut too: what is not resident is fetched between them.
     """
-    assert bucket.master is not None, "only trainable buckets are cut into chunks"
+    assert bucket.trainable, "only trainable buckets are cut into chunks"
     found = []
     for lo, hi in bucket.slices:
         for group, start, end in runs(bucket.layout.spans, group_of_name, lo, hi):
-            for at, to in pairwise(cuts(start, end, max_elems)) if group >= 0 else ():
-                view = bucket.master[at - bucket.owned[0] : to - bucket.owned[0]]
-                found.append((group, Chunk(bucket, at, to, Parameter(view))))
+            inside = [at for at in tile_ends if start < at < end]
+            for first, last in pairwise([start, *inside, end]) if group >= 0 else ():
+                for at, to in pairwise(cuts(first, last, max_elems)):
+                    found.append((group, Chunk(bucket, at, to, Parameter(_master(bucket, at, to)))))
     return found
+
+
+def _master(bucket: Bucket, lo: int, hi: int) -> Tensor:
+    if bucket.master is None:
+        return blank(hi - lo, bucket.types.master)
+    return bucket.master[lo - bucket.owned[0] : hi - bucket.owned[0]]

@@ -46,10 +46,10 @@ class Group:
     def is_sharded(self) -> bool:
         return self.frees and all(b.state is ShardState.SHARDED for b in self.buckets if b.frees)
 
-    def unshard(self) -> None:
-        """Start gathering what is sharded."""
+    def unshard(self, ahead: bool = False) -> None:
+        """Start gathering what is sharded; ``ahead`` of its use, as far as there is room."""
         for bucket in self.buckets:
-            bucket.unshard()
+            bucket.unshard(ahead)
 
     def wait(self) -> None:
         """Until all of it is whole."""

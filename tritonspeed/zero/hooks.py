@@ -191,7 +191,7 @@ class Hooks:
         group.holds[reason] += 1
         group.unshard()
         for index in self.order.ahead(self._live_elems()):
-            self.groups[index].unshard()
+            self.groups[index].unshard(ahead=True)
         group.wait()
 
     def _live_elems(self) -> int:

@@ -5,30 +5,54 @@
 
 PyTorch's own registration hook tells when a module joins its parent: by then it is constructed. Initialisation that
 comes later in a constructor (``nn.init.normal_(self.fc.weight)``, ``self.apply(init)``) finds the values whole, and
-what it writes is kept. Parameters on the meta device have no values yet: ``reset_parameters`` makes them, one unit at a
-time, when the model is sharded.
+what it writes is kept. Parameters on the meta device have no values yet: ``meta`` makes them, one unit at a time, when
+the model is sharded.
+
+A rank's parts may wait on the host or on disk (``remote_device``, or the config's ``offload_param``): then memory holds
+what constructors have open, at most ``OPEN_AT_MOST_ELEMS``, and when the model is sharded, one unit at a time. Files
+stand in a folder of their own under ``nvme_path``, and go when what built them is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
 from tritonspeed import comm
-from tritonspeed.zero.bucket import Bucket, Ledger
+from tritonspeed.comm import Mesh
+from tritonspeed.config import load
+from tritonspeed.offload import Offload, Tier
+from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.group import Group, group_of
 from tritonspeed.zero.guard import GATHER_FIRST, GuardedParameters
+from tritonspeed.zero.homes import Homes
 from tritonspeed.zero.layout import lay_out
+from tritonspeed.zero.ledger import Ledger
+from tritonspeed.zero.meta import materialise as materialise
 from tritonspeed.zero.plan import BucketPlan, BucketTypes
 from tritonspeed.zero.stages import stage_of
 
 OPEN_AT_MOST_ELEMS = 100_000_000  # what constructors may have whole at once: 400 MB of fp32
 
+_IGNORED = {
+    "mem_efficient_linear": "autograd saves no copy of a weight here",
+    "sequence_data_parallel_group": "data_parallel_group names the ranks",
+    "param_swapper": "remote_device says where parameters wait",
+    "zero_param_parallel_group": "there is one group of ranks",
+    "zero_quantized_weights": "nothing is quantised",
+    "zero_quantized_nontrainable_weights": "nothing is quantised",
+}  # DeepSpeed's other arguments, and why they change nothing
+
+_folder_numbers = itertools.count()
 _active: Init | None = None
 
 
@@ -79,19 +103,63 @@ class Unready:
         )
 
 
+class BuildingHomes(Homes):
+    """Where the parts of a model wait until it is trained: all in one tier, on disk in a folder of their own.
+
+    Args:
+        offload: the tier is that of ``parameters``; ``max_in_cpu`` elements stay on the host where that is the disk.
+        mesh: the ranks.
+        ledger: what is entered of them.
+    """
+
+    def __init__(self, offload: Offload, mesh: Mesh, ledger: Ledger) -> None:
+        self.place: Path | None = None
+        if Tier.of(offload.parameters) is Tier.DISK:
+            path = Path(str(offload.parameters_path or offload.path))
+            with suppress(OSError):  # what is wrong with it the disk's own errors say
+                path.mkdir(exist_ok=True)
+            self.place = path / f"zero_init-{next(_folder_numbers)}-rank-{mesh.rank}"
+            offload = replace(offload, parameters_path=self.place)
+        super().__init__(offload, mesh, stage_of(3), ledger)
+        self._in_host = offload.max_in_cpu
+        if self.place is not None:
+            finalize(self, _leave, self._folders, self.place)
+
+    def assign(self, plan: BucketPlan) -> None:
+        """Choose the tier of a bucket that is about to be made."""
+        tier = Tier.of(self.offload.parameters)
+        if tier is Tier.DISK and plan.layout.slice_numel <= self._in_host:
+            self._in_host -= plan.layout.slice_numel
+            tier = Tier.HOST
+        self._tiers[plan.name] = (Tier.DEVICE, tier)
+
+
+def _leave(folders: dict[str, Any], place: Path) -> None:
+    for folder in folders.values():
+        folder.close()
+    shutil.rmtree(place, ignore_errors=True)
+
+
 class Init:
     """Context manager with DeepSpeed's name and arguments; see the module's docstring.
 
     Args:
         module: a finished model to shard now, instead of building one inside the context.
         data_parallel_group: the ranks; None is everyone.
-        config_dict_or_path, config: accepted as DeepSpeed does; precision is chosen when the model is sharded for
-        training.
+        config_dict_or_path: the config of the training to come: its ``offload_param`` says where parts wait. Precision
+            is chosen when the model is sharded for training.
+        config: its older name.
         enabled: False makes the context a no-op.
         dtype: cast parameters to this as they are sharded; None keeps their own.
-        ignored: DeepSpeed's remaining arguments (mem_efficient_linear, remote_device "cpu", pin_memory, mpu, ...).
+        remote_device: "none", "cpu" or "nvme": where parts wait; None takes the config's, or the training device.
+        pin_memory: page-lock what waits on the host; None takes the config's.
+        mpu: an object with ``get_data_parallel_group()``, where ``data_parallel_group`` is not given.
+        ignored: DeepSpeed's remaining arguments, which change nothing here.
 
     Contexts nest (the outermost acts), and an exception inside leaves nothing behind.
+
+    Raises:
+        ValueError: "nvme" without a config that names the folder; two configs; an argument that DeepSpeed has not.
     """
 
     def __init__(
@@ -102,13 +170,22 @@ class Init:
         config: Any = None,
         enabled: bool = True,
         dtype: torch.dtype | None = None,
+        *,
+        remote_device: str | None = None,
+        pin_memory: bool | None = None,
+        mpu: Any = None,
         **ignored: Any,
     ) -> None:
-        if ignored.get("remote_device") == "nvme":
-            raise ValueError('zero.Init(remote_device="nvme") comes with the offload work: leave it out until then')
+        unknown = sorted(set(ignored) - set(_IGNORED))
+        if unknown:
+            raise TypeError(f"zero.Init() got an unexpected keyword argument {unknown[0]!r}")
         self.enabled, self.dtype = enabled, dtype
-        self.mesh = comm.mesh_of(data_parallel_group or ignored.get("mpu")) if enabled else None
         self.ledger = Ledger()
+        self.mesh, self.homes = None, None
+        if enabled:
+            self.mesh = comm.mesh_of(data_parallel_group or mpu)
+            offload = _offload(config_dict_or_path, config, remote_device, pin_memory)
+            self.homes = BuildingHomes(offload, self.mesh, self.ledger)
         self._open: list[Group] = []
         self._guarded: list[nn.Module] = []
         self._made: list[ref[Group]] = []
@@ -150,7 +227,7 @@ class Init:
                 self._guarded.append(owner)
 
     def _shard(self, owner: nn.Module, parameters: list[Parameter]) -> None:
-        assert self.mesh is not None, "an enabled Init has a mesh"
+        assert self.mesh is not None and self.homes is not None, "an enabled Init has a mesh and homes"
         compute = self.dtype or parameters[0].dtype
         self._count += 1
         name = f"zero.Init {self._count} ({type(owner).__name__})"
@@ -158,10 +235,11 @@ class Init:
             name,
             lay_out([(str(i), tuple(p.shape)) for i, p in enumerate(parameters)], compute.itemsize, self.mesh.world),
             parameters,
-            BucketTypes(compute=compute, master=parameters[0].dtype, accumulate=torch.float32, reduce=None),
+            BucketTypes(compute=compute, master=compute, accumulate=torch.float32, reduce=None),
             persistent=False,
         )
-        bucket = Bucket(plan, self.mesh, stage_of(3), self.ledger)
+        self.homes.assign(plan)
+        bucket = Bucket(plan, self.mesh, stage_of(3), self.ledger, trains=False, homes=self.homes)
         group = Group(self._count, name, [bucket], [owner])
         group.keeper = owner.register_forward_pre_hook(Unready(group), prepend=True)
         group.reshard()
@@ -198,44 +276,23 @@ class Init:
         self._guarded, self._made = [], []
 
 
-def _owners(model: nn.Module, parameters: Iterable[Parameter]) -> Iterator[nn.Module]:
-    wanted = {id(p) for p in parameters}
-    for module in model.modules():
-        if any(id(p) in wanted for p in dict.values(module._parameters) if p is not None):
-            yield module
-
-
-def materialise(model: nn.Module, parameters: list[Parameter]) -> None:
-    """Give parameters on the meta device memory and initial values, module by module, identity kept.
-
-    Args:
-        model: where the modules that own them are found.
-        parameters: one unit's; the rest of an owning module's own parameters come along.
-
-    Raises:
-        ValueError: an owner has no ``reset_parameters`` to take values from.
-    """
-    missing = [p for p in parameters if p.device.type == "meta"]
-    if not missing:
-        return
-    for owner in _owners(model, missing):
-        reset = getattr(owner, "reset_parameters", None)
-        if reset is None:
-            raise ValueError(
-                f"{type(owner).__name__} has parameters on the meta device and no reset_parameters() to give them"
-                " values: define it, build the model under ts.zero.Init() instead, or load a checkpoint first"
-            )
-        own = [p for p in dict.values(owner._parameters) if p is not None]
-        fresh = [p for p in own if p.device.type == "meta"]
-        if not fresh:
-            continue  # a head tied to an embedding that has come before
-        values = [(p, p.detach().clone()) for p in own if p.device.type != "meta"]
-        for p in fresh:
-            torch.utils.swap_tensors(p, Parameter(torch.empty_like(p, device="cpu"), requires_grad=p.requires_grad))
-        for name, buffer in owner.named_buffers(recurse=False):
-            if buffer.device.type == "meta":
-                setattr(owner, name, torch.empty_like(buffer, device="cpu"))
-        reset()
-        with torch.no_grad():
-            for p, value in values:
-                p.copy_(value)
+def _offload(config_dict_or_path: Any, config: Any, remote_device: str | None, pin_memory: bool | None) -> Offload:
+    """Where the parts of a model that is built are to wait."""
+    if config_dict_or_path is not None and config is not None and config_dict_or_path != config:
+        raise ValueError("zero.Init() was given two configs: pass config_dict_or_path alone, config is its older name")
+    given, asked = config if config_dict_or_path is None else config_dict_or_path, Offload()
+    tier = Tier.DEVICE
+    if given is not None:
+        known = load(given)
+        asked = Offload.from_config(known)
+        number = known.zero_optimization.stage
+        tier = Tier.of(asked.parameters) if stage_of(number).shards_parameters else Tier.DEVICE
+    if remote_device is not None:
+        tier = Tier.of(remote_device)
+    if tier is Tier.DISK and not (asked.parameters_path or asked.path):
+        raise ValueError(
+            'zero.Init(remote_device="nvme") needs a folder on the disk: pass config_dict_or_path, a config whose'
+            " zero_optimization.offload_param has an nvme_path"
+        )
+    pin = asked.pin_memory if pin_memory is None else pin_memory
+    return replace(asked, optimizer=Tier.DEVICE, parameters=tier, pin_memory=pin)

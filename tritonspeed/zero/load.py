@@ -9,7 +9,7 @@
     zero.Init      as stage 3
     meta device    remembered on the model: ``materialise`` takes values from the files, one unit at a time
 
-In memory at once are ``PART_ELEMS`` elements, in the file's dtype.
+In memory at once are ``PART_ELEMS`` elements in the file's dtype; of masters on disk, the rank's part of one tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tritonspeed.zero.bucket import Bucket, ShardState
 from tritonspeed.zero.group import group_of, place_of
-from tritonspeed.zero.tensor_files import TensorFiles, some_names
+from tritonspeed.zero.tensor_files import PART_ELEMS, TensorFiles, some_names
 
 Rename = Callable[[str], "str | None"]
 _REMEMBERED = "_tritonspeed_values"
@@ -187,30 +187,32 @@ def _fill(tensor: Tensor, files: TensorFiles, source: str) -> None:
         tensor.detach().copy_(files.read(source, 0, tensor.numel()).view(tensor.shape))
         return
     flat = tensor.detach().view(-1)
-    for lo, values in files.parts(source, 0, flat.numel()):
+    for lo, values in files.parts(source, 0, flat.numel(), PART_ELEMS):
         flat[lo : lo + values.numel()].copy_(values)
 
 
 def _load_managed(p: Tensor, files: TensorFiles, source: str) -> None:
     """What this rank holds of a parameter in a bucket."""
     group, bucket, index = place_of(p)
+    bucket.settle()  # an update that is still to come would be of the old values
     if bucket.state is ShardState.GATHERING:
         group.wait()
     span = bucket.layout.spans[index]
     lo, hi = span.offset, span.end
     if bucket.state is ShardState.SHARDED:
         lo, hi = max(lo, bucket.own[0]), min(hi, bucket.own[1])
-    for start, values in files.parts(source, lo - span.offset, hi - span.offset):
+    # masters on disk that are committed are copied from slot to slot at each change: one change for each tensor then
+    part_elems = PART_ELEMS if bucket.master_flat is None else max(1, hi - lo)
+    for start, values in files.parts(source, lo - span.offset, hi - span.offset, part_elems):
         _write(bucket, span.offset + start, values)
 
 
 def _write(bucket: Bucket, lo: int, values: Tensor) -> None:
     """Set the bucket's elements from ``lo`` on, in everything that this rank holds of them."""
     hi = lo + values.numel()
-    held = [(bucket.master, bucket.owned), (bucket.shard, bucket.own)]
     if bucket.state is not ShardState.SHARDED:
-        held.append((bucket.whole, (0, bucket.layout.numel)))
-    for truth, (first, last) in held:
+        bucket.whole[lo:hi].copy_(values)
+    for (first, last), write in ((bucket.owned, bucket.write_master), (bucket.own, bucket.write_shard)):
         start, end = max(lo, first), min(hi, last)
-        if truth is not None and start < end:
-            truth[start - first : end - first].copy_(values[start - lo : end - lo])
+        if start < end:
+            write(start, values[start - lo : end - lo])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tritonspeed.offload import Offload
 from tritonspeed.zero.order import Limits
 from tritonspeed.zero.plan import LeafRules
 
@@ -30,6 +31,7 @@ class ShardOptions:
         wire: dtype gradients travel in; None is their own. Sums are fp32 whatever it is.
         average: divide the sum over the ranks by their number.
         check_overflow: skip a step whose gradient is not finite.
+        offload: where masters, moments and parameters live while they are not in use.
         ignore_unused_parameters: a trainable parameter without a gradient counts as zero; False makes it an error.
     """
 
@@ -43,6 +45,7 @@ class ShardOptions:
     wire: torch.dtype | None = None
     average: bool = True
     check_overflow: bool = True
+    offload: Offload = field(default_factory=Offload)
     ignore_unused_parameters: bool = True
 
     @classmethod
@@ -61,5 +64,6 @@ class ShardOptions:
             wire=policy.reduce if config.communication_data_type is not None else None,
             average=config.gradient_allreduce_op == "mean",
             check_overflow=config.bf16.check_grad_overflow if config.bf16.enabled else True,
+            offload=Offload.from_config(config),
             ignore_unused_parameters=zero.ignore_unused_parameters,
         )

@@ -7,6 +7,7 @@ optimizer.step()
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +16,14 @@ from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
+from tritonspeed.offload import Offload
 from tritonspeed.precision import LossScaler, Policy
-from tritonspeed.zero.bucket import Bucket, Ledger
+from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.group import Group, group_of, groups_of
+from tritonspeed.zero.homes import Homes
 from tritonspeed.zero.hooks import Hooks
 from tritonspeed.zero.init import materialise
+from tritonspeed.zero.ledger import Ledger
 from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.plan import UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
@@ -58,12 +62,17 @@ class ShardedModel:
         self.stage: Stage = stage_of(stage)
         self.mesh = mesh or comm.mesh_of()
         self.ledger = Ledger()
+        self.stepper: ZeroOptimizer | None = None
         self.policy = policy
         self.plans = plan_units(
             model,
             self.options.leaves,
             self.options.param_persistence_threshold,
             self.options.model_persistence_threshold,
+        )
+        buckets = [plan_buckets(unit, self.mesh.world, policy, self.options.wire) for unit in self.plans]
+        self.homes = Homes(
+            self.options.offload, self.mesh, self.stage, self.ledger, [plan for plans in buckets for plan in plans]
         )
         self.groups = [self._build_group(i, plan) for i, plan in enumerate(self.plans)]
         self._move_buffers()
@@ -75,7 +84,7 @@ class ShardedModel:
         self.hooks = Hooks(model, self.groups, self.reducer, self.options.limits)
         for group in self.groups:
             group.reshard()
-        self.ledger.reset_peak()
+        self.ledger.reset_peaks()
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -89,7 +98,7 @@ class ShardedModel:
         for group in earlier:
             group.acquire("regroup")
         plans = plan_buckets(plan, self.mesh.world, self.policy, self.options.wire)
-        buckets = [Bucket(p, self.mesh, self.stage, self.ledger, self.trains) for p in plans]
+        buckets = [Bucket(p, self.mesh, self.stage, self.ledger, self.trains, self.homes) for p in plans]
         made = Group(index, plan.name, buckets, plan.modules)
         for group in earlier:
             group.disown(parameters)
@@ -109,7 +118,7 @@ class ShardedModel:
 
     def attach(self, optimizer: torch.optim.Optimizer, **options: Any) -> ZeroOptimizer:
         """Step ``optimizer`` on this model's shards; ``options`` are those of ``ZeroOptimizer``."""
-        return ZeroOptimizer(
+        self.stepper = ZeroOptimizer(
             optimizer,
             self.reducer.buckets,
             self.mesh,
@@ -118,8 +127,10 @@ class ShardedModel:
             average=self.options.average,
             sub_group_size=self.options.sub_group_size,
             check_overflow=self.options.check_overflow,
+            homes=self.homes,
             **options,
         )
+        return self.stepper
 
     def full_state_dict(self, rank0_only: bool = True) -> dict[str, Tensor]:
         """Every parameter and buffer whole, on the CPU, one unit in memory at a time. Collective: all ranks call it.
@@ -151,6 +162,9 @@ class ShardedModel:
         for group in self.groups:
             group.acquire("destroyed")
             group.forget()
+        if self.stepper is not None:
+            self.stepper.late.finish()
+        self.homes.close()
         if self.model.__dict__.get("_tritonspeed") is self:
             del self.model.__dict__["_tritonspeed"]
 
@@ -178,6 +192,7 @@ def shard(
     options: ShardOptions | None = None,
     scaler: LossScaler | None = None,
     mesh: Mesh | None = None,
+    offload: Offload | None = None,
 ) -> tuple[M, ZeroOptimizer | None]:
     """Shard a model and step an optimizer on the shards, without an engine.
 
@@ -190,11 +205,14 @@ def shard(
         options: sizes and switches.
         scaler: loss scale for fp16: multiply the loss with ``optimizer.loss_scale``.
         mesh: the ranks; None is everyone.
+        offload: where masters, moments and parameters live while they are not in use; None takes that of ``options``.
 
     Returns:
         The same model, and the optimizer to call ``step()`` on. Micro-steps accumulate until then.
     """
     policy = Policy.of(precision) if isinstance(precision, str) else precision
+    if offload is not None:
+        options = replace(options or ShardOptions(), offload=offload)
     sharded = ShardedModel(model, stage, policy, options, mesh, trains=optimizer is not None)
     model.__dict__["_tritonspeed"] = sharded  # keeps it alive, and finds it again
     if optimizer is None:

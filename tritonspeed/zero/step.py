@@ -5,29 +5,37 @@
     update    per chunk, unscale × clip in one number: master, moments and the low-precision copy in one pass
     publish   stages 1, 2: the updated slices are gathered into place, bucket by bucket under the next bucket's update
 
+What is not resident comes and goes tile by tile (``tile.py``), and may do so under the next forward (``late.py``).
 Stage 0 walks the chunks of all ranks' slices, so it does the same arithmetic as the others. An optimizer whose update
 of an element needs more of its tensor than a slice has says so to ``whole.py``, which talks to the other ranks before.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonspeed import comm
-from tritonspeed.comm import Mesh
-from tritonspeed.kernels import sum_of_squares
+from tritonspeed.comm import Mesh, Pending
+from tritonspeed.kernels.flat_update import COPY_DTYPES
+from tritonspeed.offload import Tier
+from tritonspeed.offload.stream import Buffer, Ring
 from tritonspeed.optim import AdamW, check_elementwise
 from tritonspeed.precision import LossScaler, ScaleEvent
-from tritonspeed.zero.bucket import Bucket, Ledger
-from tritonspeed.zero.chunk import Chunk, cut_chunks
+from tritonspeed.zero.bucket import Bucket, ShardState
+from tritonspeed.zero.chunk import Chunk
 from tritonspeed.zero.group import place_of
+from tritonspeed.zero.homes import PAGE_ELEMS, Homes
+from tritonspeed.zero.late import LateUpdates
+from tritonspeed.zero.layout import round_up
+from tritonspeed.zero.ledger import Ledger
+from tritonspeed.zero.measure import measure
 from tritonspeed.zero.reduce import Reducer
+from tritonspeed.zero.tile import Tile, cut_tiles, is_staged
 from tritonspeed.zero.whole import needs_whole, whole_step_of
 
 _UNCHECKED = "gradient not finite, first in {!r}: applied all the same, as bf16.check_grad_overflow is false"
@@ -69,9 +77,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         sub_group_size: longest chunk in elements; 0 is no bound.
         check_overflow: look for gradients that are not finite, and skip the step.
         ledger: where the optimizer's state is entered.
+        homes: the tiers; None is the device.
 
     Raises:
-        ValueError: another optimizer that needs whole tensors, or one whose parameters are not the model's.
+        ValueError: another optimizer that needs whole tensors, or one of ours that does although its state is to be
+            offloaded, or one whose parameters are not the model's.
     """
 
     def __init__(
@@ -86,17 +96,27 @@ class ZeroOptimizer(torch.optim.Optimizer):
         average: bool = True,
         sub_group_size: int = 0,
         check_overflow: bool = True,
+        homes: Homes | None = None,
     ) -> None:
         if not needs_whole(inner):
             check_elementwise(inner)
+        elif homes is not None and homes.offloads_optimizer:
+            raise ValueError(
+                f"{type(inner).__name__} needs whole tensors, and its state is to be offloaded: a step then sees tiles."
+                " Set offload_optimizer.device to none, or use AdamW, Lion or Adagrad"
+            )
         self.inner, self.buckets, self.mesh, self.reducer, self.ledger = inner, buckets, mesh, reducer, ledger
         self.scaler = scaler or LossScaler()
         self.gradient_clipping, self.average, self.check_overflow = gradient_clipping, average, check_overflow
         group_of_name = self._groups_by_name()
+        self.homes, self.late, self.num_steps = homes, LateUpdates(), 0
+        self._tiles_in: dict[int, list[Tile]] = {}
+        self._group_of: dict[int, int] = {}
         self.chunks = self._take_over(group_of_name, 0 if needs_whole(inner) else sub_group_size)
         self._chunks_in: dict[int, list[Chunk]] = {id(bucket): [] for bucket in buckets}
         for chunk in self.chunks:
             self._chunks_in[id(chunk.bucket)].append(chunk)
+        self._ring: Ring[Tile] = Ring(homes.offload.buffers if homes else 1, self._new_buffer)
         self._place = {id(bucket): place for place, bucket in enumerate(buckets)}
         self.whole = whole_step_of(inner, self._chunks_in, group_of_name, buckets, ledger)
         if any(group.get("stochastic_rounding") for group in inner.param_groups):
@@ -126,10 +146,27 @@ class ZeroOptimizer(torch.optim.Optimizer):
         chunks = []
         for bucket in self.buckets:
             bucket.stepper = self
-            for index, chunk in cut_chunks(bucket, group_of_name[id(bucket)], sub_group_size):
+            found, self._tiles_in[id(bucket)] = cut_tiles(
+                bucket, group_of_name[id(bucket)], sub_group_size, self.inner.state, self.homes
+            )
+            for index, chunk in found:
                 self.inner.param_groups[index]["params"].append(chunk.master)
+                self._group_of[id(chunk)] = index
                 chunks.append(chunk)
         return chunks
+
+    def _new_buffer(self) -> Buffer:
+        """Memory for one tile of the ring; it is kept."""
+        homes = self.homes
+        assert homes is not None, "what needs a buffer has a home"
+
+        def empty(numel: int, dtype: torch.dtype) -> Tensor:
+            made = homes.empty(numel, dtype, crosses=True)
+            homes.ledger.host.add("communication", made.nbytes)
+            return made
+
+        longest = max(t.hi - t.lo for tiles in self._tiles_in.values() for t in tiles if t.needs_buffer)
+        return Buffer(round_up(longest, PAGE_ELEMS), empty)
 
     @property
     def loss_scale(self) -> float:
@@ -150,7 +187,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("a closure cannot be re-evaluated inside a sharded step: call backward, then step()")
-        norm, not_finite = self._measure()
+        self.late.finish()
+        norm, not_finite = measure(self.buckets, self.mesh, self.reducer, self.divisor)
         if not_finite is not None and self.check_overflow:
             event = self.scaler.update(True)
             self.last = StepFacts(norm, True, event.describe(not_finite), event)
@@ -164,88 +202,131 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.zero_grad()
         return None
 
-    def _measure(self) -> tuple[float, str | None]:
-        """(global norm of the averaged unscaled gradient, first parameter that is not finite or None)."""
-        rows = self._gather_facts()
-        if any(row[-1] for row in rows):  # some rank got gradients after their bucket had left: all ranks send again
-            self.reducer.flush()
-            rows = self._gather_facts()
-        squares = [row[:-1] for row in rows]
-        finite = all(math.isfinite(x) for row in squares for x in row)
-        total = math.fsum(x for row in squares for x in row) if finite else math.inf
-        norm = math.sqrt(total) / self.divisor
-        return norm, None if math.isfinite(norm) else self._first_not_finite(squares[self.mesh.rank])
-
-    def _gather_facts(self) -> list[list[float]]:
-        """One row per rank: Σg² of its slice of every bucket, then how many of its buckets still hold gradients."""
-        device = self.mesh.device
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        squares = [zero if (grad := b.own_grad()) is None else sum_of_squares(grad) for b in self.buckets]
-        unsent = torch.full((), float(self.reducer.num_unsent), dtype=torch.float64, device=device)
-        table = comm.exchange(self.mesh, torch.stack([*squares, unsent]))
-        values = comm.read_scalars(self.mesh, table.flatten())  # the step's one host sync
-        width = len(self.buckets) + 1
-        return [values[i : i + width] for i in range(0, len(values), width)]
-
-    def _first_not_finite(self, squares: list[float]) -> str:
-        """The first parameter, in departure order, whose gradient is not finite on the rank that owns the place."""
-        number, names = math.inf, [s.name for b in self.buckets for s in b.layout.spans]
-        for bucket, square in zip(self.buckets, squares, strict=True):
-            grad = bucket.own_grad()
-            if grad is None or math.isfinite(square):
-                continue
-            for piece in bucket.layout.pieces(*bucket.own):
-                if not grad[piece.in_interval : piece.in_interval + piece.numel].isfinite().all():
-                    number = min(number, names.index(piece.span.name))
-        mine = torch.tensor([number], dtype=torch.float64, device=self.mesh.device)
-        found = min(comm.read_scalars(self.mesh, comm.exchange(self.mesh, mine).flatten()))
-        return names[int(found)] if math.isfinite(found) else "the sum of squares of all of them"
-
     def _update(self, coefficient: float) -> None:
-        scale = torch.full((), coefficient, dtype=torch.float32, device=self.mesh.device)
+        self.num_steps += 1
         for done in [b.complete_grad() for b in self.buckets if b.has_grad]:
             done.wait()
-        flat = getattr(self.inner, "step_flat_", None)
-        if flat is None:
-            self._step_generic(scale)
-        published = []
-        for buckets in [self.buckets] if self.whole is None else self.whole.rounds:
-            if self.whole is not None:
-                self.whole.begin([bucket for bucket in buckets if bucket.has_grad], scale)
-            for bucket in buckets:
-                for chunk in self._chunks_of(bucket) if bucket.has_grad else ():
-                    self._update_chunk(chunk, flat, scale)
-                published.append(bucket.publish())
-                if len(published) > PUBLISHED_AT_ONCE:
-                    published.pop(0).wait()
-            if self.whole is not None:
-                self.whole.end()
-        for pending in published:
-            pending.wait()
-        for bucket in self.buckets:
+        late = [bucket for bucket in reversed(self.buckets) if self._may_be_late(bucket)]  # in forward order
+        taken = {id(bucket) for bucket in late}
+        now = [bucket for bucket in self.buckets if id(bucket) not in taken]
+        scale = self._scale_on(coefficient)
+        if self.whole is not None:
+            self._update_whole(scale)
+        else:
+            self._publish_each(self._updated([bucket for bucket in now if bucket.has_grad], scale, None))
+        for bucket in now:
             bucket.renew()
         self.inner.__dict__["_opt_called"] = True  # what torch's schedulers ask, to warn of a wrong order of calls
-        self._count_state()
+        if late:
+            # what the caller and the schedules change from here on is the next step's
+            groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in self.inner.param_groups]
+            self.late.start(late, lambda: self._updated(late, scale, groups), self._end_update)
+        else:
+            self._end_update()
 
-    def _update_chunk(self, chunk: Chunk, flat: Callable[..., None] | None, scale: Tensor) -> None:
-        copy = chunk.low_precision()
-        if self.whole is not None and self.whole.takes(chunk):
-            self.whole.update(chunk, copy)
-        elif flat is not None:
+    def _may_be_late(self, bucket: Bucket) -> bool:
+        """Whether the bucket can be updated under the next forward: nobody reads it without fetching it."""
+        if self.homes is None or not self.homes.updates_late or not hasattr(self.inner, "step_flat_"):
+            return False
+        away = bucket.frees and bucket.state is ShardState.SHARDED and bucket.has_grad
+        return away and is_staged(bucket, self.homes)
+
+    def _scale_on(self, coefficient: float) -> dict[torch.device, Tensor]:
+        """The factor of every gradient, where masters are."""
+        devices = {chunk.master.device for chunk in self.chunks}
+        return {device: torch.full((), coefficient, dtype=torch.float32, device=device) for device in devices}
+
+    def _updated(
+        self, buckets: list[Bucket], scale: dict[torch.device, Tensor], groups: list[dict[str, Any]] | None
+    ) -> Iterator[Bucket]:
+        """Update tile after tile, and give each bucket as soon as all of it is back where it lives.
+
+        Args:
+            scale: by device, the factor of every gradient.
+            groups: the optimizer's settings; None takes those it has now.
+        """
+        resident = [bucket for bucket in buckets if not is_staged(bucket, self.homes)]
+        if not hasattr(self.inner, "step_flat_"):
+            self._step_generic([chunk for bucket in resident for chunk in self._chunks_of(bucket)], scale)
+        tiles = [tile for bucket in buckets for tile in self._tiles_in[id(bucket)]]
+        for tile in tiles:
+            tile.has_left = False
+        left = deque(buckets)
+        for tile in self._ring.stream(tiles):
+            for chunk in tile.chunks:
+                self._update_chunk(tile, chunk, scale[chunk.master.device], groups)
+            while left and self._has_left(left[0]):
+                yield left.popleft()
+        yield from left
+
+    def _has_left(self, bucket: Bucket) -> bool:
+        """Whether all of it is back: tiles leave in order."""
+        tiles = self._tiles_in[id(bucket)]
+        return not tiles or tiles[-1].has_left
+
+    def _update_chunk(self, tile: Tile, chunk: Chunk, scale: Tensor, groups: list[dict[str, Any]] | None) -> None:
+        copy = tile.copy_of(chunk)
+        flat = getattr(self.inner, "step_flat_", None)
+        fused = copy if copy is None or copy.dtype in COPY_DTYPES else None
+        if flat is not None:
             place = self._place[id(chunk.bucket)]
-            flat(chunk.master, chunk.gradient(), scale, copy, first_element=chunk.start, place=place)
-        elif copy is not None:
+            group = None if groups is None else groups[self._group_of[id(chunk)]]
+            flat(chunk.master, chunk.gradient(), scale, fused, first_element=chunk.start, place=place, group=group)
+        elif is_staged(chunk.bucket, self.homes):
+            self._step_generic([chunk], {chunk.master.device: scale})
+        if copy is not None and (flat is None or fused is None):
             copy.copy_(chunk.master)
 
+    def _update_whole(self, scale: dict[torch.device, Tensor]) -> None:
+        """LAMB and Muon, round by round; all of it is on the device."""
+        assert self.whole is not None, "an optimizer that needs whole tensors"
+        for buckets in self.whole.rounds:
+            self.whole.begin([bucket for bucket in buckets if bucket.has_grad], scale[self.mesh.device])
+            self._publish_each(self._updated_whole(buckets, scale[self.mesh.device]))
+            self.whole.end()
+
+    def _updated_whole(self, buckets: list[Bucket], scale: Tensor) -> Iterator[Bucket]:
+        assert self.whole is not None, "an optimizer that needs whole tensors"
+        for bucket in buckets:
+            for tile in self._tiles_in[id(bucket)] if bucket.has_grad else ():
+                for chunk in tile.chunks:
+                    if self.whole.takes(chunk):
+                        self.whole.update(chunk, tile.copy_of(chunk))
+                    else:
+                        self._update_chunk(tile, chunk, scale, None)
+            yield bucket
+
+    def _publish_each(self, updated: Iterable[Bucket]) -> None:
+        published: list[Pending] = []
+        for bucket in updated:
+            published.append(bucket.publish())
+            if len(published) > PUBLISHED_AT_ONCE:
+                published.pop(0).wait()
+        for pending in published:
+            pending.wait()
+
+    def _end_update(self) -> None:
+        """Everything has been updated: what is on disk becomes the truth."""
+        self._count_state()
+        if self.homes is not None:
+            self.homes.commit(self.num_steps, {})
+
+    def settle(self, bucket: Bucket) -> None:
+        """Until ``bucket`` has been updated."""
+        self.late.wait_for(bucket)
+
     def state_views(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Tensor, int]]:
-        """The optimizer's tensor ``key`` of the bucket's elements [lo, hi), as (values, first element), in order."""
+        """The optimizer's tensor ``key`` of the bucket's elements [lo, hi), as (values, first element), in order.
+
+        What is on disk is only there until the next is asked for.
+        """
         for chunk, state in self._states_in(bucket, key, lo, hi):
             start, end = max(lo, chunk.start), min(hi, chunk.end)
             yield state[start - chunk.start : end - chunk.start], start
 
     def set_state(self, bucket: Bucket, key: str, lo: int, values: Tensor) -> None:
         """Set what this rank has of the optimizer's tensor ``key`` of the bucket's elements from ``lo`` on."""
-        for chunk, state in self._states_in(bucket, key, lo, lo + values.numel()):
+        for chunk, state in self._states_in(bucket, key, lo, lo + values.numel(), changes=True):
             start, end = max(lo, chunk.start), min(lo + values.numel(), chunk.end)
             part = values[start - lo : end - lo]
             if isinstance(self.inner, AdamW):
@@ -253,39 +334,53 @@ class ZeroOptimizer(torch.optim.Optimizer):
             else:
                 state[start - chunk.start : end - chunk.start].copy_(part)
 
-    def _states_in(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Chunk, Tensor]]:
-        """The chunks that [lo, hi) meets, with the whole of their state: decoded, where it is in 8 bits."""
-        for chunk in self._chunks_of(bucket):
-            if max(lo, chunk.start) >= min(hi, chunk.end):
+    def _states_in(
+        self, bucket: Bucket, key: str, lo: int, hi: int, changes: bool = False
+    ) -> Iterator[tuple[Chunk, Tensor]]:
+        """The chunks that [lo, hi) meets, with the whole of their state: decoded, where it is in 8 bits.
+
+        Args:
+            changes: what the caller does to it before it asks for the next is kept.
+        """
+        self.late.finish()
+        for tile in self._tiles_in[id(bucket)]:
+            inside = [chunk for chunk in tile.chunks if max(lo, chunk.start) < min(hi, chunk.end)]
+            if not inside:
                 continue
-            if isinstance(self.inner, AdamW):
-                state = self.inner.state_values(chunk.master, key, chunk.start)
-            else:
-                state = self.state.get(chunk.master, {}).get(key)
-            if isinstance(state, Tensor) and state.numel() == chunk.end - chunk.start:
-                yield chunk, state
+            with tile.opened(changes):
+                for chunk in inside:
+                    if isinstance(self.inner, AdamW):
+                        state = self.inner.state_values(chunk.master, key, chunk.start)
+                    else:
+                        state = self.state.get(chunk.master, {}).get(key)
+                    if isinstance(state, Tensor) and state.numel() == chunk.end - chunk.start:
+                        yield chunk, state
 
     def _chunks_of(self, bucket: Bucket) -> list[Chunk]:
         return self._chunks_in[id(bucket)]
 
-    def _step_generic(self, scale: Tensor) -> None:
-        """Any other torch optimizer: hand it fp32 gradients, one call for all chunks."""
-        for chunk in self.chunks:
+    def _step_generic(self, chunks: list[Chunk], scale: dict[torch.device, Tensor]) -> None:
+        """Any other torch optimizer: hand it fp32 gradients, one call for all of these chunks."""
+        for chunk in chunks:
             if chunk.bucket.has_grad:
-                chunk.master.grad = chunk.gradient().to(chunk.master.dtype).mul_(scale)
+                grad = chunk.gradient().to(chunk.master.dtype, copy=True)
+                chunk.master.grad = grad.mul_(scale[chunk.master.device])
         self.inner.step()
-        for chunk in self.chunks:
+        for chunk in chunks:
             chunk.master.grad = None
 
     def _count_state(self) -> None:
         if not self._state_bytes:  # states are made in the first step, and keep their size
-            self._state_bytes = sum(self.state_bytes_of(bucket) for bucket in self.buckets)
-            self.ledger.add("optimizer", self._state_bytes)
+            for bucket in self.buckets:
+                num_bytes = self.state_bytes_of(bucket)
+                self._state_bytes += num_bytes
+                self.ledger.of(Tier.DEVICE if bucket.tier is Tier.DEVICE else Tier.HOST).add("optimizer", num_bytes)
 
     def state_bytes_of(self, bucket: Bucket) -> int:
-        """Bytes of the optimizer's tensors for one bucket on this rank."""
+        """Bytes in memory of the optimizer's tensors for one bucket on this rank."""
         states = [self.state.get(chunk.master, {}) for chunk in self._chunks_of(bucket)]
-        return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim)
+        tensors = [t for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim]
+        return sum(t.nbytes for t in tensors if t.stride(0) or t.numel() <= 1)  # a placeholder has none
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step."""
@@ -293,11 +388,28 @@ class ZeroOptimizer(torch.optim.Optimizer):
             bucket.drop_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shard of the optimizer's state, and the loss scaler's."""
-        return {"optimizer": self.inner.state_dict(), "scaler": self.scaler.state_dict()}
+        """This rank's shard of the optimizer's state, and the loss scaler's. What is on disk is read into memory."""
+        self.late.finish()
+        packed = self.inner.state_dict()
+        numbers = {id(p): i for i, p in enumerate(p for group in self.inner.param_groups for p in group["params"])}
+        for tile in (tile for tiles in self._tiles_in.values() for tile in tiles if tile.on_disk):
+            with tile.opened():
+                for chunk in tile.chunks:
+                    state = self.state.get(chunk.master, {})
+                    copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+                    packed["state"][numbers[id(chunk.master)]] = copied
+        return {"optimizer": packed, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned on this rank, at the same world size and stage."""
+        self.late.finish()
         self.inner.load_state_dict(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        for tile in (tile for tiles in self._tiles_in.values() for tile in tiles):
+            tile.take_over(self.state)
+        self._state_bytes = 0
+
+
+def _copied(setting: Any) -> Any:
+    return setting.clone() if isinstance(setting, Tensor) else setting

@@ -91,10 +91,10 @@ class TensorFiles:
             _read_into(entry.path, entry.begin + lo * entry.dtype.itemsize, values)
         return values
 
-    def parts(self, name: str, lo: int, hi: int) -> Iterator[tuple[int, Tensor]]:
-        """``read`` in parts of at most ``PART_ELEMS``: (first element, values), in order."""
-        for start in range(lo, hi, PART_ELEMS):
-            yield start, self.read(name, start, min(start + PART_ELEMS, hi))
+    def parts(self, name: str, lo: int, hi: int, part_elems: int) -> Iterator[tuple[int, Tensor]]:
+        """``read`` in parts of at most ``part_elems``: (first element, values), in order."""
+        for start in range(lo, hi, part_elems):
+            yield start, self.read(name, start, min(start + part_elems, hi))
 
 
 def some_names(names: list[str], at_most: int = 8) -> str:

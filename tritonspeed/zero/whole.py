@@ -22,9 +22,10 @@ from torch import Tensor
 from tritonspeed import comm
 from tritonspeed.kernels.intervals import Intervals
 from tritonspeed.optim import Lamb, Muon
-from tritonspeed.zero.bucket import Bucket, Ledger
+from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.chunk import Chunk
 from tritonspeed.zero.layout import Layout, Span
+from tritonspeed.zero.ledger import Ledger
 
 ROUND_ELEMS = 64 * 2**20  # of matrices for each rank in a round: 128 MiB of bf16 that leave it, and as many that come
 Chunks = dict[int, list[Chunk]]  # by the bucket's id

@@ -1,0 +1,217 @@
+"""The gradient of one bucket: it fills an outbox, travels, and waits beside the masters for the step.
+
+    outbox → reduce-scatter → grad       what is added to an earlier micro-step's is added in the accumulate dtype
+    outbox = grad                        where one rank is alone: there is nothing to add
+
+Where the masters are in the memory of a GPU's host, the sum crosses to it in the dtype in which it was reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tritonspeed import comm
+from tritonspeed.comm import Mesh, Pending
+from tritonspeed.offload import Tier
+from tritonspeed.offload.crossing import cross
+from tritonspeed.offload.tiers import Handle
+from tritonspeed.zero.layout import Layout
+from tritonspeed.zero.ledger import Account, Ledger
+
+if TYPE_CHECKING:
+    from tritonspeed.zero.homes import Homes
+    from tritonspeed.zero.plan import BucketTypes
+
+
+class Gradient:
+    """The half of a ``Bucket`` that takes gradients. See there for sizes; the other half gives the attributes below."""
+
+    name: str
+    layout: Layout
+    types: BucketTypes
+    mesh: Mesh
+    ledger: Ledger
+    homes: Homes | None
+    tier: Tier
+    own: tuple[int, int]
+    owned: tuple[int, int]
+    is_updating: bool
+
+    def __init__(self) -> None:
+        self.grad: Tensor | None = None
+        self.has_grad = False
+        self.outbox: Tensor | None = None
+        self.filled: set[int] = set()  # parameters whose gradient stands in the outbox
+        self._outbox_kind = "communication"
+        self._landing: list[tuple[Handle, Tensor]] = []  # sums on their way to the host
+
+    def settle(self, committed: bool = False) -> None:
+        """See ``Bucket``."""
+        raise NotImplementedError(f"{type(self).__name__} has no settle")
+
+    # receive
+
+    def receive(self, index: int, gradient: Tensor, accumulating: bool) -> None:
+        """Take parameter ``index``'s gradient of this backward into the outbox.
+
+        Args:
+            accumulating: more is to be added before it leaves, so it stands in the accumulate dtype.
+        """
+        self._open_outbox(accumulating)
+        assert self.outbox is not None, "an open outbox exists"
+        span = self.layout.spans[index]
+        place = self.outbox[span.offset : span.end].view(span.shape)
+        if index in self.filled:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            self.filled.add(index)
+
+    def _open_outbox(self, accumulating: bool) -> None:
+        if self.outbox is None:
+            dtype = self.types.accumulate if accumulating else self.types.compute
+            self.outbox = torch.empty(self.layout.numel, dtype=dtype, device=self.mesh.device)
+            self._outbox_kind = "gradients" if accumulating else "communication"
+            self.ledger.add(self._outbox_kind, self.outbox.nbytes)
+
+    def _zero_gaps(self, flat: Tensor) -> None:
+        """Zero everything in ``flat`` that no gradient of this backward was written to."""
+        end = 0
+        for i, span in enumerate(self.layout.spans):
+            if i in self.filled:
+                if span.offset > end:
+                    flat[end : span.offset].zero_()
+                end = span.end
+        if end < flat.numel():
+            flat[end:].zero_()
+
+    # send
+
+    def send(self, accumulating: bool) -> Callable[[], None]:
+        """Start the reduction of the outbox into ``grad``; returns what ends it (wait, sum, free).
+
+        Parameters without a gradient, and the padding, leave as zeros.
+        """
+        self.settle()
+        self._open_outbox(accumulating)
+        assert self.outbox is not None, "an open outbox exists"
+        self._zero_gaps(self.outbox)
+        outbox, category, self.outbox, self.filled = self.outbox, self._outbox_kind, None, set()
+        wire_type = self.types.reduce or outbox.dtype
+        if self.mesh.world == 1 and wire_type == outbox.dtype and not self._crosses:
+            self._keep(outbox, category)
+            return lambda: None
+        wire = outbox if wire_type == outbox.dtype else outbox.to(wire_type)
+        held = [(category, outbox.nbytes)] + ([("communication", wire.nbytes)] if wire is not outbox else [])
+        if self.mesh.world > 1:
+            received_bytes = (self.mesh.world - 1) * self.layout.slice_numel * wire_type.itemsize
+            held.append(("communication", received_bytes))
+            self.ledger.add("communication", received_bytes + (wire.nbytes if wire is not outbox else 0))
+        target = self._target()
+        if self._crosses:
+            held.append(("communication", target.nbytes))
+        pending = comm.reduce_scatter(self.mesh, wire, target, self.has_grad and not self._crosses, self.name)
+        self.has_grad = True
+
+        def finish() -> None:
+            pending.wait()
+            if self._crosses:
+                self._to_host(target, wire_type)
+            for kind, num_bytes in held:
+                self.ledger.add(kind, -num_bytes)
+
+        return finish
+
+    def _keep(self, outbox: Tensor, category: str) -> None:
+        """One rank: the outbox is the sum, in its own dtype until something is added to it."""
+        self.ledger.add(category, -outbox.nbytes)
+        if self.grad is None:
+            self.grad = outbox
+            self._account.add("gradients", outbox.nbytes)
+        else:
+            self._add(outbox)
+        self.has_grad = True
+
+    def _add(self, more: Tensor) -> None:
+        assert self.grad is not None, "it is added to an earlier one"
+        if self.grad.dtype != self.types.accumulate:
+            wide = self.grad.to(self.types.accumulate)
+            self._account.add("gradients", wide.nbytes - self.grad.nbytes)
+            self.grad = wide
+        self.grad.add_(more)
+
+    def _target(self) -> Tensor:
+        """Where the sum over the ranks goes: this rank's slice of ``grad``, or device memory that it crosses from."""
+        if self._crosses:
+            target = torch.empty(self.layout.slice_numel, dtype=self.types.accumulate, device=self.mesh.device)
+            self.ledger.add("communication", target.nbytes)
+            return target
+        if self.grad is None:
+            self.grad = torch.empty(self.owned[1] - self.owned[0], dtype=self.types.accumulate, device=self.mesh.device)
+            self._account.add("gradients", self.grad.nbytes)
+        return self.grad if self.owned == self.own else self.grad[slice(*self.own)]
+
+    @property
+    def _account(self) -> Account:
+        on_device = self.tier is Tier.DEVICE or not (self._crosses or self.mesh.device.type == "cpu")
+        return self.ledger if on_device else self.ledger.host
+
+    @property
+    def _crosses(self) -> bool:
+        """Whether sums leave the device at once. At stage 0 they are gathered first, and cross as they are used."""
+        elsewhere = self.homes is not None and not self.homes.shares_memory and self.tier is not Tier.DEVICE
+        return elsewhere and self.owned == self.own
+
+    def _to_host(self, total: Tensor, wire_type: torch.dtype) -> None:
+        """Start ``total`` on its way: in the wire's dtype where the ranks' sum is one, else as it is."""
+        assert self.homes is not None, "what crosses has a home"
+        self._land()
+        is_narrow = self.mesh.world == 1 or self.mesh.backend == "nccl"
+        source = total.to(wire_type) if is_narrow else total
+        place = self.homes.empty(source.numel(), source.dtype, crosses=True)
+        self.ledger.host.add("gradients", place.nbytes)
+        self._landing.append((cross(source, place), place))
+
+    def _land(self) -> None:
+        for handle, place in self._landing:
+            handle.wait()
+            if self.grad is None:
+                self.grad = place
+            else:
+                self._add(place)
+                self.ledger.host.add("gradients", -place.nbytes)
+        self._landing.clear()
+
+    # the step
+
+    def complete_grad(self) -> Pending:
+        """Stage 0: every rank wants every slice's sum, so the sums are gathered; elsewhere nothing is left to do."""
+        if self.grad is None or self.owned == self.own:
+            return Pending(self.mesh, [])
+        return comm.all_gather_(self.mesh, self.grad, f"{self.name}.grad")
+
+    def own_grad(self) -> Tensor | None:
+        """This rank's slice of the summed gradient, (P/N,), or None where there is none yet."""
+        if self.is_updating:
+            return None
+        self._land()
+        if self.grad is None or not self.has_grad:
+            return None
+        return self.grad if self.owned == self.own else self.grad[slice(*self.own)]
+
+    def drop_grad(self) -> None:
+        """Forget what was accumulated, and free it: forward needs the room for activations."""
+        if self.is_updating:
+            return  # the stepper drops it
+        self._land()
+        if self.grad is not None:
+            self._account.add("gradients", -self.grad.nbytes)
+        self.grad, self.has_grad = None, False
+        self.filled.clear()
+        if self.outbox is not None:
+            self.ledger.add(self._outbox_kind, -self.outbox.nbytes)
+            self.outbox = None
