@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tritonspeed as ts
-from tritonspeed.zero import tensor_files
+from tritonspeed.zero import load, tensor_files
 from tritonspeed.zero.access import safe_get_full_fp32_param
 from tritonspeed.zero.group import group_of, place_of
 
@@ -127,18 +127,18 @@ def read_by_this_rank(folder: str, part_elems: int) -> tuple[int, int]:
     """(bytes read, the most at once) by this rank at stage 3."""
     model, _ = ts.zero.shard(Net(width=61), None, stage=3, options=ts.zero.ShardOptions(param_persistence_threshold=0))
     sizes = []
-    usual, usual_elems = tensor_files.TensorFiles.read, tensor_files.PART_ELEMS
+    usual, usual_elems = tensor_files.TensorFiles.read, load.PART_ELEMS
 
     def counted(self: Any, name: str, lo: int, hi: int) -> Tensor:
         values = usual(self, name, lo, hi)
         sizes.append(values.nbytes)
         return values
 
-    tensor_files.TensorFiles.read, tensor_files.PART_ELEMS = counted, part_elems
+    tensor_files.TensorFiles.read, load.PART_ELEMS = counted, part_elems
     try:
         ts.zero.load_safetensors(model, folder)
     finally:
-        tensor_files.TensorFiles.read, tensor_files.PART_ELEMS = usual, usual_elems
+        tensor_files.TensorFiles.read, load.PART_ELEMS = usual, usual_elems
     return sum(sizes), max(sizes, default=0)
 
 
@@ -374,4 +374,4 @@ def test_every_dtype_and_any_interval(tmp_path: Path, dtype: torch.dtype) -> Non
     for lo, hi in [(0, 77), (1, 2), (76, 77), (13, 13), (5, 60)]:
         got = files.read("b", lo, hi)
         assert got.dtype == dtype and torch.equal(got.float(), values["b"].flatten()[lo:hi].float())
-    assert files.read("c", 0, 0).numel() == 0 and list(files.parts("c", 0, 0)) == []
+    assert files.read("c", 0, 0).numel() == 0 and list(files.parts("c", 0, 0, 1)) == []
