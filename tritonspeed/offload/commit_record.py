@@ -116,7 +116,7 @@ def read_record(folder: Path) -> CommitRecord:
         if (found := content.pop("format")) != FORMAT:
             raise ValueError(f"format {found}, this version reads {FORMAT}")
         flats = tuple(
-            FlatRecord(**{**flat, "digests": tuple((lo, hi, text) for lo, hi, text in flat["digests"])})
+            FlatRecord(digests=tuple((lo, hi, text) for lo, hi, text in flat.pop("digests")), **flat)
             for flat in content.pop("flats")
         )
         return CommitRecord(flats=flats, **content)

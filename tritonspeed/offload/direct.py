@@ -14,6 +14,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -135,14 +136,7 @@ class DirectFile:
         self.path, self.begin, self.num_bytes, self.is_dirty = Path(path), begin, num_bytes, True
         self._pool = pool
         self._fallback_lock = threading.Lock()
-        flags = os.O_RDWR | os.O_CLOEXEC
-        try:
-            self._descriptor = os.open(path, flags | _O_DIRECT)
-            self.is_direct = bool(_O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._descriptor, self.is_direct = os.open(path, flags), False
+        self._descriptor, self.is_direct = _open(path)
         if not self.is_direct:
             _say_buffered(self.path)
 
@@ -270,9 +264,29 @@ class DirectFile:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def _open(path: str | os.PathLike[str]) -> tuple[int, bool]:
+    """(descriptor, whether it goes around the page cache)."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | _O_DIRECT), bool(_O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return os.open(path, flags), False
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE:
+            raise
+        if soft == hard:
+            raise DiskError(
+                error.errno, f"{soft} files are open, the limit: raise it (ulimit -n)", str(path)
+            ) from error
+    # every flat keeps a file or two open, a large model a thousand; the soft limit is there for select()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return _open(path)
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's bytes, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 _said_buffered = False

@@ -19,8 +19,8 @@ import fcntl
 import logging
 import os
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -71,6 +71,7 @@ class DiskFolder:
         self.pool = Pool(requests or Requests())
         self._flats: dict[tuple[str, str], DiskFlat] = {}
         self._last: CommitRecord | None = None
+        self._edited: list[DiskFlat] | None = None  # while ``editing``
         self._broken = ""
 
     @property
@@ -123,27 +124,67 @@ class DiskFolder:
         flats = list(self._flats.values())
         for flat in flats:
             flat.settle()
-        self._commit([flat for flat in flats if flat.is_changed], flats, step, facts)
+        self._commit([flat for flat in flats if flat.is_changed], flats, flats, step, facts or {})
 
-    def commit_again(self, flat: DiskFlat) -> None:
-        """Commit one flat that was edited, with the last step and facts; what others stored waits for their commit."""
-        assert self._last is not None, f"{flat} is committed and the folder has no commit"
-        recorded = {(record.bucket, record.kind) for record in self._last.flats}
-        flats = [other for key, other in self._flats.items() if key in recorded]
-        self._commit([flat], flats, self._last.step, self._last.facts)
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """Edits inside are committed together at the end, and show then; after an error, none of them.
 
-    def _commit(self, flips: list[DiskFlat], flats: list[DiskFlat], step: int, facts: dict[str, Any] | None) -> None:
+        Example:
+            >>> with folder.editing():
+            ...     for lo, values in changes:
+            ...         flat.edit(lo, values)
+        """
+        assert self._edited is None, f"{self.folder}: editing within editing"
+        self._edited = []
+        try:
+            yield
+            self._commit_again(self._edited)
+        except BaseException:
+            for flat in self._edited:
+                flat.discard()
+            raise
+        finally:
+            self._edited = None
+
+    def edited(self, flat: DiskFlat) -> None:
+        """A flat's other slot holds what is to be committed, with the last step and facts."""
+        if self._edited is None:
+            try:
+                self._commit_again([flat])
+            except BaseException:
+                flat.discard()
+                raise
+        elif flat not in self._edited:
+            self._edited.append(flat)
+
+    def drop(self, flat: DiskFlat) -> None:
+        """Forget a flat; the commit record names it no more."""
+        del self._flats[flat.contents.bucket, flat.contents.kind]
+        self._commit_again([])
+
+    def _commit_again(self, flips: list[DiskFlat]) -> None:
+        """The last commit, with other contents of some flats; what was stored waits for its own commit."""
+        if self._last is not None:
+            recorded = {(record.bucket, record.kind) for record in self._last.flats}
+            flats = [flat for key, flat in self._flats.items() if key in recorded]
+            self._commit(flips, flats, flips, self._last.step, self._last.facts)
+
+    def _commit(
+        self, flips: list[DiskFlat], flats: list[DiskFlat], synced: list[DiskFlat], step: int, facts: dict[str, Any]
+    ) -> None:
+        """Make a record of ``flats`` the committed one; ``flips`` of them change slots."""
         self.check_usable()
         for flat in flips:
             flat.complete()
         try:
-            for handle in [handle for flat in flats for handle in flat.syncs()]:
+            for handle in [handle for flat in synced for handle in flat.syncs()]:
                 handle.wait()
         except DiskError as error:  # asked again, the system forgets what it lost
             self._broken = f"what was written could not be synced ({error})"
             raise
         records = tuple(flat.record(flat in flips) for flat in flats)
-        record = CommitRecord(step, self.rank, self.world, records, facts or {})
+        record = CommitRecord(step, self.rank, self.world, records, facts)
         try:
             write_record(self.folder, record)
         except OSError as error:
@@ -158,14 +199,6 @@ class DiskFolder:
         except OSError as error:  # which of the two records a power cut leaves is not known: touch neither's files
             self._broken = f"the commit of step {step} could not be synced ({error.strerror})"
             raise DiskError(error.errno, self._broken, str(self.folder)) from error
-
-    def remove(self, flat: DiskFlat) -> None:
-        """Delete a flat and its files; the next commit does not name it."""
-        del self._flats[flat.contents.bucket, flat.contents.kind]
-        flat.discard()
-        flat.close()
-        for path in flat.paths:
-            path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Forget what was stored since the last commit."""

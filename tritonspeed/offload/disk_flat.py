@@ -29,11 +29,11 @@ class Owner(Protocol):
     def check_usable(self) -> None:
         """Raises where nothing may be written any more."""
 
-    def commit_again(self, flat: DiskFlat) -> None:
-        """Commit this flat alone, with the last step and facts."""
+    def edited(self, flat: DiskFlat) -> None:
+        """The other slot of a committed flat is to become the committed one, now or soon; nothing else changes."""
 
-    def remove(self, flat: DiskFlat) -> None:
-        """Delete this flat and its files."""
+    def drop(self, flat: DiskFlat) -> None:
+        """The flat goes: no record may name it any more."""
 
 
 class DiskFlat:
@@ -53,6 +53,7 @@ class DiskFlat:
         self._lock = threading.Lock()
         self._slot = 0
         self._is_committed = False
+        self._is_edited = False  # the other slot is the committed one with edits, not a step's
         self._runs = Runs()  # of the committed slot
         self._written = Runs()  # of the other one, since the last commit
 
@@ -81,6 +82,7 @@ class DiskFlat:
         """
         hi = lo + values.numel()
         self._check(lo, hi, values)
+        assert not self._is_edited, f"{self}: stored to while it is edited"
         self._folder.check_usable()
         start, end = lo * self._size, hi * self._size
         with self._lock:
@@ -114,7 +116,7 @@ class DiskFlat:
         """Change elements from ``lo`` on in what is committed; blocks until the disk has it. Any alignment and dtype.
 
         A flat with two slots that has been committed is copied whole into its other slot and committed again, with the
-        last step and facts: a stop in between leaves it as it was. So it is for rare use.
+        last step and facts: a stop in between leaves it as it was. ``DiskFolder.editing`` makes one copy of many edits.
 
         Raises:
             RuntimeError: elements were stored since the last commit: which of the two contents is meant?
@@ -123,18 +125,23 @@ class DiskFlat:
         if not 0 <= lo <= lo + values.numel() <= self.numel:
             raise ValueError(f"{self}: [{lo}, {lo + values.numel()}) is not within [0, {self.numel})")
         self._folder.check_usable()
-        if self.has_two_slots and len(self._written):
+        if self.has_two_slots and len(self._written) and not self._is_edited:
             raise RuntimeError(f"{self}: edited in the middle of a step: commit or discard it first")
+        if values.numel() == 0:
+            return
         if self.has_two_slots and self._is_committed:
+            if not self._is_edited and values.numel() < self.numel:
+                self.complete()
             self._put(self._other, self._written, lo, values)
-            self._folder.commit_again(self)
+            self._is_edited = True
+            self._folder.edited(self)
             return
         self._put(self._slot, self._runs, lo, values)
         if not self.has_two_slots:
             self._files[0].sync().wait()
 
     def _put(self, slot: int, runs: Runs, lo: int, values: Tensor) -> None:
-        """Write values of any alignment into a slot, tile by tile; the rest of their pages stays as committed."""
+        """Write values of any alignment into a slot, tile by tile; the rest of their first and last page stays."""
         first, last = self._on_pages(lo, lo + values.numel())
         tile = TILE_BYTES // self._size
         held = host_empty(min(tile, last - first), self.dtype)
@@ -143,10 +150,18 @@ class DiskFlat:
             into = held[: end - start]
             from_lo, from_hi = max(start, lo), min(end, lo + values.numel())
             if (from_lo, from_hi) != (start, end):
-                self.fetch(start, end, into).wait()
+                self._files[slot].read(start * self._size, into).wait()
             into[from_lo - start : from_hi - start].copy_(values[from_lo - lo : from_hi - lo])
             self._files[slot].write(start * self._size, into).wait()
             runs.add(Run(start * self._size, end * self._size, digest_of(bytes_of(into))))
+
+    def remove(self) -> None:
+        """Delete its files; the flat is not used again. What is committed of others stays so."""
+        self.discard()
+        self._folder.drop(self)
+        self.close()
+        for file in self._files:
+            file.path.unlink(missing_ok=True)
 
     @property
     def _other(self) -> int:
@@ -174,13 +189,15 @@ class DiskFlat:
         """Wait for what is under way; raises what went wrong."""
         for run in self._written:
             run.handle.wait()
+        if not self.has_two_slots:
+            self._written = Runs()
 
     def discard(self) -> None:
         """Forget what was stored since the last commit."""
         for run in self._written:
             with suppress(OSError):
                 run.handle.wait()
-        self._written = Runs()
+        self._written, self._is_edited = Runs(), False
 
     def complete(self) -> None:
         """Make the other slot whole: what was not stored since the last commit comes from the committed slot."""
@@ -233,18 +250,7 @@ class DiskFlat:
         """The commit stands."""
         self._is_committed = True
         if flips:
-            self._slot, self._runs = self._other, self._written
-        if flips or not self.has_two_slots:
-            self._written = Runs()
-
-    @property
-    def paths(self) -> list[Path]:
-        """Its files, by slot."""
-        return [file.path for file in self._files]
-
-    def remove(self) -> None:
-        """Delete it, files and all: its contents are elsewhere now."""
-        self._folder.remove(self)
+            self._slot, self._runs, self._written, self._is_edited = self._other, self._written, Runs(), False
 
     def close(self) -> None:
         """Give back the files."""

@@ -27,8 +27,8 @@ class _Pages(mmap.mmap):
 
     def __del__(self) -> None:
         # before the map itself goes: a driver that still holds pages which were given back would copy from others
-        if self.locked_at is not None and torch is not None:  # torch is None while the interpreter ends
-            torch.cuda.cudart().cudaHostUnregister(self.locked_at)
+        if self.locked_at is not None and (runtime := torch.cuda.cudart()) is not None:
+            runtime.cudaHostUnregister(self.locked_at)
 
 
 def host_empty(numel: int, dtype: torch.dtype, pin: bool = False) -> Tensor:
@@ -74,7 +74,9 @@ def host_empty(numel: int, dtype: torch.dtype, pin: bool = False) -> Tensor:
 
 def _lock(pages: _Pages, address: int, num_bytes: int) -> None:
     """Page-lock a map for the GPU; a refusal is a warning."""
-    error = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+    runtime = torch.cuda.cudart()
+    assert runtime is not None, "a GPU is available and CUDA's runtime is not"
+    error = int(runtime.cudaHostRegister(address, num_bytes, 0))
     if error == 0:
         pages.locked_at = address
         return
