@@ -91,6 +91,7 @@ def test_a_model_bigger_than_what_may_be_open_is_built_and_moved_unit_by_unit(
     width, depth, held = 128, 12, []
     unit_bytes = 4 * (width * width + width)
     monkeypatch.setattr(zero_init, "OPEN_AT_MOST_ELEMS", 2 * unit_bytes // 4)
+    gc.collect()  # what other tests have left
     before = num_bytes_alive()
     with ts.zero.Init(config_dict_or_path=config(tmp_path)):
         model = Deep(width, depth, held)
