@@ -51,6 +51,7 @@ class Activations:
     Attributes:
         forward_bytes, backward_bytes: the highest sum in each.
         saved_bytes: between the two: what backward was saved for.
+        kept_bytes: after them: inputs, buffers, the loss.
         at_peak: at the highest of all moments, by the block in whose forward (or recomputation) it was made;
             "inputs", "buffers", "backward", "scratch" (of one operation) and "outside the blocks" are the other names.
     """
@@ -58,6 +59,7 @@ class Activations:
     forward_bytes: int
     backward_bytes: int
     saved_bytes: int
+    kept_bytes: int
     at_peak: dict[str, int]
 
     @property
@@ -150,9 +152,11 @@ class Meter(TorchDispatchMode):
             forward_bytes, saved_bytes, at_peak = self.peak_bytes, self.live_bytes, self.peak_of
             self.peak_bytes, self._where = self.live_bytes, [BACKWARD]
             loss.backward()
+            kept_bytes = self.live_bytes
         if self.peak_bytes > forward_bytes:
             at_peak = self.peak_of
-        return Activations(forward_bytes, self.peak_bytes, saved_bytes, {k: n for k, n in at_peak.items() if n})
+        at_peak = {name: num_bytes for name, num_bytes in at_peak.items() if num_bytes}
+        return Activations(forward_bytes, self.peak_bytes, saved_bytes, kept_bytes, at_peak)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
