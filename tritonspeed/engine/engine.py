@@ -17,7 +17,7 @@ from tritonspeed.engine.explain import explain_plan
 from tritonspeed.engine.getters import Getters
 from tritonspeed.engine.report import StepReport
 from tritonspeed.precision import Policy
-from tritonspeed.zero import ShardedModel, ZeroOptimizer
+from tritonspeed.zero import Away, ShardedModel, ZeroOptimizer
 from tritonspeed.zero.tree import map_tensors
 
 log = logging.getLogger("tritonspeed")
@@ -50,6 +50,7 @@ class Engine(Getters, nn.Module):
         self.module = sharded.model
         self.sharded, self.optimizer, self.lr_scheduler = sharded, optimizer, lr_scheduler
         self.config, self.policy, self.mesh = config, policy, sharded.mesh
+        self.away = Away(sharded)
         self.training_dataloader: Any = None
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.last_step: StepReport | None = None
@@ -279,6 +280,7 @@ class Engine(Getters, nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step."""
+        self.away.require_here("zero_grad()")
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 
@@ -300,6 +302,7 @@ class Engine(Getters, nn.Module):
 
     def destroy(self) -> None:
         """Give the module back as it was: whole on every rank, without hooks. Collective at stage 3."""
+        self.away.close()
         self.sharded.destroy()
 
     def _require_optimizer(self, call: str) -> ZeroOptimizer:
@@ -308,6 +311,7 @@ class Engine(Getters, nn.Module):
                 f"engine.{call}() needs an optimizer, and this engine has none: pass initialize(optimizer=...), or give"
                 ' the config an "optimizer" block'
             )
+        self.away.require_here(f"engine.{call}()")
         return self.optimizer
 
     @contextmanager

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tritonspeed.config import Config
     from tritonspeed.engine.report import StepReport
     from tritonspeed.precision import Policy
-    from tritonspeed.zero import ShardedModel, ZeroOptimizer
+    from tritonspeed.zero import Away, ShardedModel, ZeroOptimizer
 
 _NOT_YET = {
     "save_checkpoint": "checkpoints come with the checkpoint work; until then torch.save(engine.module_state_dict())",
@@ -29,8 +29,6 @@ _NOT_YET = {
         "comes with the checkpoint work; until then torch.save(engine.module_state_dict())",
     ),
     "load_module_state_dict": "comes with the checkpoint work; until then zero.GatheredParameters(modifier_rank=0)",
-    "offload_states": "comes with the offload work",
-    "reload_states": "comes with the offload work",
     "train_batch": "belongs to the pipeline engine, which is not built: call engine, backward and step",
     "eval_batch": "belongs to the pipeline engine, which is not built: call the engine under torch.no_grad()",
 }
@@ -43,6 +41,7 @@ class Getters:
     policy: Policy
     mesh: Mesh
     sharded: ShardedModel
+    away: Away
     optimizer: ZeroOptimizer | None
     lr_scheduler: Any
     last_step: StepReport | None
@@ -168,6 +167,16 @@ class Getters:
     def memory(self) -> dict[str, int]:
         """Bytes of model state this rank holds now: parameters, gradients, optimizer, communication."""
         return dict(self.sharded.ledger.bytes_of)
+
+    def offload_states(
+        self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False
+    ) -> None:
+        """Free the device between phases; see ``zero.Away.offload``. Until ``reload_states`` nothing trains."""
+        self.away.offload(include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what ``offload_states`` has put away."""
+        self.away.reload(non_blocking)
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,7 @@ parameter belongs to which unit · ``options`` what the config says of it · ``b
 ``group`` one unit at run time · ``order`` what comes next · ``reduce`` gradients leave in a fixed order · ``guard``
 what a sharded module shows · ``hooks`` when all this happens · ``step`` the optimizer over chunks · ``tensor_files``
 what is in a checkpoint · ``load``, ``meta``, ``init`` where values come from · ``gathered``, ``access`` looking and
-changing · ``shard`` the parts together.
+changing · ``away`` states put away between phases · ``shard`` the parts together.
 """
 
 from tritonspeed.zero.access import (
@@ -19,6 +19,7 @@ from tritonspeed.zero.access import (
     safe_set_full_optimizer_state,
     set_z3_leaf_modules,
 )
+from tritonspeed.zero.away import Away, OffloadDeviceEnum, OffloadStateTypeEnum
 from tritonspeed.zero.gathered import GatheredParameters
 from tritonspeed.zero.init import Init
 from tritonspeed.zero.load import load_safetensors
@@ -30,10 +31,13 @@ from tritonspeed.zero.shard import ShardedModel, shard
 from tritonspeed.zero.step import StepFacts, ZeroOptimizer
 
 __all__ = [
+    "Away",
     "GatheredParameters",
     "Init",
     "LeafRules",
     "Limits",
+    "OffloadDeviceEnum",
+    "OffloadStateTypeEnum",
     "ShardOptions",
     "ShardedModel",
     "StepFacts",

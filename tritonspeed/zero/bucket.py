@@ -17,7 +17,7 @@ Master and shard may live in other tiers than the device: ``homes`` knows. On di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -88,6 +88,7 @@ class Bucket(Gradient):
         self.shard_flat: DiskFlat | None = None
         self.stepper: Any = None  # the ZeroOptimizer that updates it
         self.is_updating = False  # the stepper has not come to it yet: ``settle`` waits
+        self.refuse: Callable[[], None] | None = None  # while its states are away: raises, and says who has them
         self._pending: Pending | None = None
         self._arriving: tuple[Handle, Tensor] | None = None  # the shard, on its way from the disk
         self._take_values()
@@ -184,6 +185,8 @@ class Bucket(Gradient):
         Args:
             ahead: it is not needed yet: what is on disk may be left there while reading ahead has no room.
         """
+        if self.refuse is not None:
+            self.refuse()
         if self.state is not ShardState.SHARDED:
             return
         if ahead and (self.is_updating or not self._has_room()):
@@ -216,6 +219,8 @@ class Bucket(Gradient):
         Args:
             committed: wait until what it has written to disk is the truth, which is when all buckets have been updated.
         """
+        if self.refuse is not None:
+            self.refuse()
         if committed and self.stepper is not None:
             self.stepper.late.finish()
         elif self.is_updating:

@@ -59,8 +59,8 @@ class Group:
 
     def acquire(self, reason: str) -> None:
         """Make it whole, and keep it so for ``reason`` until ``release``."""
-        self.holds[reason] += 1
         self.unshard()
+        self.holds[reason] += 1
         self.wait()
 
     def release(self, reason: str, every: bool = False) -> None:
