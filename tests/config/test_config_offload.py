@@ -43,7 +43,7 @@ def test_the_optimizers_keys_act_at_every_stage(stage, device):
     config = every_key_given(stage, optimizer=device)
     expected = {
         "none": {"device"},
-        "cpu": {"device", "pin_memory", "ratio"},
+        "cpu": {"device", "pin_memory", "ratio", "buffer_count"},
         "nvme": {"device", "pin_memory", "ratio", "nvme_path", "buffer_count"},
     }[device]
     assert {key.removeprefix(OPTIMIZER) for key in honoured(config) if key.startswith(OPTIMIZER)} == expected
@@ -124,6 +124,15 @@ def test_every_honoured_value_arrives():
     assert (given.buffers, given.ratio, given.pin_memory) == (7, 0.25, False)
     assert (given.parameter_buffers, given.parameter_buffer_elems, given.max_in_cpu) == (3, 5_000_000, 9)
     assert given.requests == Requests(block_bytes=2**20, depth=16, threads=3)
+
+
+@pytest.mark.parametrize("block", ["offload_optimizer", "offload_param"])
+def test_pinning_is_forbidden_by_the_block_that_is_used(block):
+    other = "offload_param" if block == "offload_optimizer" else "offload_optimizer"
+    zero = {"stage": 3, block: {"device": "cpu", "pin_memory": False}, other: {"device": "none"}}
+    assert Offload.from_config(load({"train_batch_size": 1, "zero_optimization": zero}).resolve(1)).pin_memory is False
+    zero = {"stage": 3, block: {"device": "cpu"}, other: {"device": "none", "pin_memory": False}}
+    assert Offload.from_config(load({"train_batch_size": 1, "zero_optimization": zero}).resolve(1)).pin_memory is True
 
 
 def test_parameters_stay_where_they_are_below_stage_3():

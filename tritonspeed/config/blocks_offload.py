@@ -10,6 +10,7 @@ PAGE_BYTES = 4096
 WHOLE_TENSORS = ("Lamb", "Muon")
 """Optimizers whose update of one element needs whole tensors: no offloaded form of them is built."""
 
+CAST = "trained ones with masters on the device have none, they are cast from them"
 NO_PATH = "is nvme and nvme_path is not given: set nvme_path to a folder on the disk"
 
 
@@ -76,8 +77,8 @@ def _optimizer_note(device: Any) -> str:
 def _param_note(device: Any) -> str:
     """none: parameter shards stay where the modules compute; cpu: in host memory; nvme: in files"""
     return {
-        "cpu": "parameter shards live in host memory between uses",
-        "nvme": "parameter shards live in files between uses",
+        "cpu": f"parameter shards live in host memory between uses; {CAST}",
+        "nvme": f"parameter shards live in files between uses; {CAST}",
     }.get(device, "parameter shards stay on the training device")
 
 
@@ -120,8 +121,8 @@ class OffloadOptimizer:
     nvme_path: str | None = key(None, "folder of the state files", inert=_path_of("offload_optimizer"))
     buffer_count: int = key(
         4,
-        "tiles of masters and moments in memory at once; 0 is 1",
-        inert=_with("offload_optimizer", "nvme"),
+        "tiles under way at once, from and to the disk or a GPU; 0 is 1",
+        inert=_with("offload_optimizer", "cpu", "nvme"),
         low=0,
     )
     pin_memory: bool = key(

@@ -92,14 +92,14 @@ class Offload:
     def from_config(cls, config: Config) -> Offload:
         """What a resolved config asks for."""
         optimizer, parameters = config.zero_optimization.offload_optimizer, config.zero_optimization.offload_param
-        aio = config.aio
+        aio, pins = config.aio, [block.pin_memory for block in (optimizer, parameters) if block.device != "none"]
         return cls(
             optimizer=Tier.of(optimizer.device),
             parameters=Tier.of(parameters.device),
             path=optimizer.nvme_path or parameters.nvme_path,
             parameters_path=parameters.nvme_path or optimizer.nvme_path,
             ratio=optimizer.ratio,
-            pin_memory=optimizer.pin_memory or parameters.pin_memory,
+            pin_memory=all(pins),  # who forbids it for one has no locked memory to spare for the other
             buffers=max(1, optimizer.buffer_count),
             parameter_buffers=max(1, parameters.buffer_count),
             parameter_buffer_elems=parameters.buffer_size,
