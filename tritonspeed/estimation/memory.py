@@ -69,6 +69,7 @@ class Estimate:
         host_rest_bytes, host_peak_bytes: the same of what is offloaded to the host, and of buffers there. Where the
             ranks compute on the CPU it is the same memory, and comes on top.
         disk_bytes: of the files, headers and both slots.
+        phase_peak_bytes: device and host together, at most, in "forward", "backward", "step" and "rest".
         activation_bytes: of one micro batch's forward and backward, and of the model's buffers; None without inputs.
         framework_bytes: what this process has resident now, without the model.
         resident_bytes: bound on what a process whose rank computes on the CPU has resident, ever; without activations
@@ -83,6 +84,7 @@ class Estimate:
     host_rest_bytes: dict[str, int] = field(default_factory=dict)
     host_peak_bytes: dict[str, int] = field(default_factory=dict)
     disk_bytes: int = 0
+    phase_peak_bytes: dict[str, int] = field(default_factory=dict)
     activation_bytes: int | None = None
     framework_bytes: int = field(default=0, compare=False)
     resident_bytes: int = field(default=0, compare=False)
@@ -175,6 +177,7 @@ def estimate(
         dict(ledger.host.bytes_of),
         ledger.host.peak_of,
         homes.folder.num_bytes,
+        dict(ledger.together),
         None if found is None else found.peak_bytes,
         framework,
         _bound(framework, building, ledger.together, found, world_size) if device == "cpu" else 0,
