@@ -28,7 +28,6 @@ def merged(one, other):
 REFUSED = [
     ("zero_optimization.offload_optimizer.device", "nvme", "set nvme_path to a folder"),
     ("zero_optimization.offload_param.device", "nvme", "set nvme_path to a folder"),
-    ("aio.block_size", 1_000_000, "set it to 999424"),
     ("zero_optimization.legacy_stage1", True, "one implementation"),
     ("zero_optimization.zero_hpz_partition_size", 8, "set it to 1"),
     ("zero_optimization.zero_quantized_weights", True, "set it to false"),

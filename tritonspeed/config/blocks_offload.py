@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tritonspeed.config.keys import AUTO, key, stage3_only
+from tritonspeed.config.keys import key, stage3_only
 
-PAGE_BYTES = 4096
 WHOLE_TENSORS = ("Lamb", "Muon")
 """Optimizers whose update of one element needs whole tensors: no offloaded form of them is built."""
 
@@ -165,24 +164,30 @@ def _with_nvme(config: Any) -> str | None:
     return None if on_disk else "acts only with offload to nvme"
 
 
-def _in_pages(block_size: Any) -> str | None:
-    """refused unless a multiple of 4,096: requests go around the page cache, in whole pages"""
-    if block_size is None or block_size == AUTO or block_size % PAGE_BYTES == 0:
-        return None
-    rounded = max(PAGE_BYTES, block_size // PAGE_BYTES * PAGE_BYTES)
-    return f"requests go around the page cache, in whole pages of {PAGE_BYTES}: set it to {rounded}"
-
-
 @dataclass(frozen=True)
 class Aio:
     """Requests to the disk, with offload to nvme. The defaults are what one disk was fastest with."""
 
     block_size: int = key(
-        8_388_608, "of one request; DeepSpeed's is 1,048,576", unit="bytes", inert=_with_nvme, refuse=_in_pages, low=1
+        8_388_608,
+        "of one request, in whole pages of 4,096; DeepSpeed's is 1,048,576",
+        unit="bytes",
+        inert=_with_nvme,
+        low=1,
     )
-    queue_depth: int = key(4, "requests under way at once; DeepSpeed's is 8", inert=_with_nvme, low=1)
+    queue_depth: int = key(
+        4,
+        "requests under way at once, one to a thread; DeepSpeed's is 8. The larger of this and intra_op_parallelism"
+        " counts",
+        inert=_with_nvme,
+        low=1,
+    )
     intra_op_parallelism: int = key(
-        2, "threads that carry requests out; DeepSpeed's is 1", old=("thread_count",), inert=_with_nvme, low=1
+        2,
+        "threads that carry requests out; DeepSpeed's is 1. The larger of this and queue_depth counts",
+        old=("thread_count",),
+        inert=_with_nvme,
+        low=1,
     )
     single_submit: bool = key(False, "submit one by one", inert="each thread carries out one request at a time")
     overlap_events: bool = key(True, "submit while waiting", inert="a thread that has ended one request takes the next")
