@@ -149,6 +149,7 @@ def test_moments_in_fewer_bits_on_disk(ranks, tmp_path, state):
 
 def test_late_updates_keep_gradients_into_the_next_forward(tmp_path):
     settings = with_tiers(config(3), tmp_path, "nvme", "nvme")
+    settings["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     offload = ts.Offload(optimizer="nvme", parameters="nvme", path=tmp_path, max_in_cpu=0, tile_elems=TILE_ELEMS)
     late, now = (estimate(model(), settings, 1, offload=replace(offload, overlap=o)) for o in (True, False))
     assert late.rest_bytes == now.rest_bytes
