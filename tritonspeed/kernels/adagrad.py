@@ -16,6 +16,7 @@ Every operation is rounded by itself, as in ``adamw.py``. h equals the reference
 PyTorch's root is correctly rounded.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from tritonspeed.kernels.flat_update import (
     update_shapes_,
     write_copy_,
 )
+from tritonspeed.kernels.host_step import update_compiled_
 from tritonspeed.kernels.rounding import load_fp32, store, store_copy
 from tritonspeed.kernels.tuned import Tunable
 
@@ -56,6 +58,23 @@ class AdagradStep:
         return self.lr / (1 + (self.step - 1) * self.lr_decay), self.eps, self.weight_decay
 
 
+def _adagrad_maths(
+    g: Tensor, p: Tensor, h: Tensor, step_size: Any, eps: Any, weight_decay: Any, *, decays: bool = True
+) -> tuple[Tensor, Tensor]:
+    if decays:
+        g = g + weight_decay * p
+    h = h + g * g
+    return p - step_size * (g / (h.sqrt() + eps)), h
+
+
+def _adagrad_maths_without_decay(*tensors_and_coefficients: Any) -> tuple[Tensor, Tensor]:
+    return _adagrad_maths(*tensors_and_coefficients, decays=False)
+
+
+def _maths_of(at: AdagradStep) -> Callable[..., tuple[Tensor, Tensor]]:
+    return _adagrad_maths if at.weight_decay else _adagrad_maths_without_decay
+
+
 def adagrad_reference(
     master: Tensor,
     sum_of_squares: Tensor,
@@ -76,14 +95,12 @@ def adagrad_reference(
     if found_inf is not None and found_inf.item() != 0:
         return
     at = AdagradStep(step, lr, lr_decay, eps, weight_decay, stochastic_rounding_seed, first_element)
-    step_size, _, _ = at.coefficients
     g = grad.to(master.dtype)
     if grad_scale is not None:
         g = g * grad_scale
-    if weight_decay:
-        g = g + weight_decay * master
-    sum_of_squares.add_(g * g)
-    master.sub_(step_size * (g / (sum_of_squares.sqrt() + eps)))
+    p, h = _maths_of(at)(g, master, sum_of_squares, *at.coefficients)
+    sum_of_squares.copy_(h)
+    master.copy_(p)
     write_copy_(param_out, master, stochastic_rounding_seed, first_element)
 
 
@@ -180,6 +197,8 @@ def _launched_(*arguments: Any) -> None:
 
 def _on_cpu_(*arguments: Any) -> None:
     tensors, at = _split(arguments)
+    if update_compiled_(_maths_of(at), tensors, at.coefficients, at.seed):
+        return
     update_on_cpu_(tensors, lambda _, *chunk: _adagrad_chunk_(*chunk, at=at), at.seed, at.first_element)
 
 

@@ -41,6 +41,7 @@ from tritonspeed.kernels.flat_update import (
     update_shapes_,
     write_copy_,
 )
+from tritonspeed.kernels.host_step import update_compiled_
 from tritonspeed.kernels.rounding import (
     load_fp32,
     round_nearest,
@@ -86,6 +87,22 @@ class AdamWStep:
         )  # fmt: skip
 
 
+def _adamw_maths(
+    g: Tensor, p: Tensor, m: Tensor, v: Tensor, beta1: Any, one_minus_beta1: Any, beta2: Any, one_minus_beta2: Any,
+    eps: Any, weight_decay: Any, decay: Any, step_size: Any, inverse_root_c2: Any, *, decoupled: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not decoupled:
+        g = g + weight_decay * p
+    m = beta1 * m + one_minus_beta1 * g
+    v = beta2 * v + one_minus_beta2 * g * g
+    update = step_size * (m / (v.sqrt() * inverse_root_c2 + eps))
+    return p - (decay * p + update if decoupled else update), m, v
+
+
+def _adam_maths(*tensors_and_coefficients: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _adamw_maths(*tensors_and_coefficients, decoupled=False)
+
+
 def adamw_reference(
     master: Tensor,
     exp_avg: Tensor,
@@ -112,19 +129,15 @@ def adamw_reference(
     at = AdamWStep(
         step, lr, *betas, eps, weight_decay, decoupled, bias_correction, stochastic_rounding_seed, first_element
     )
-    beta1, one_minus_beta1, beta2, one_minus_beta2, _, _, decay, step_size, inverse_root_c2 = at.coefficients
     g = grad.to(master.dtype)
     if grad_scale is not None:
         g = g * grad_scale
-    if not decoupled:
-        g = g + weight_decay * master
-    m = beta1 * exp_avg.to(master.dtype) + one_minus_beta1 * g
-    v = beta2 * exp_avg_sq.to(master.dtype) + one_minus_beta2 * g * g
+    maths = _adamw_maths if decoupled else _adam_maths
+    p, m, v = maths(g, master, exp_avg.to(master.dtype), exp_avg_sq.to(master.dtype), *at.coefficients)
     exp_avg.copy_(m)
     is_random = state_rounding_seed is not None and exp_avg_sq.dtype == torch.bfloat16
     exp_avg_sq.copy_(round_stochastic_reference(v, state_rounding_seed, first_element, STATE_SHIFT) if is_random else v)
-    update = step_size * (m / (v.sqrt() * inverse_root_c2 + eps))
-    master.sub_(decay * master + update if decoupled else update)
+    master.copy_(p)
     write_copy_(param_out, master, stochastic_rounding_seed, first_element)
 
 
@@ -267,6 +280,8 @@ def _launched_(*arguments: Any) -> None:
 def _on_cpu_(*arguments: Any) -> None:
     tensors, numbers = split_arguments(arguments, num_states=2)
     at = AdamWStep(*numbers)
+    if update_compiled_(_adamw_maths if at.decoupled else _adam_maths, tensors, at.coefficients, at.seed):
+        return
     update_on_cpu_(tensors, lambda *chunk: _chunk_step_(*chunk, at=at), at.seed, at.first_element)
 
 

@@ -36,6 +36,7 @@ from tritonspeed.kernels.flat_update import (
     update_shapes_,
     write_copy_,
 )
+from tritonspeed.kernels.host_step import update_compiled_
 from tritonspeed.kernels.rounding import load_fp32, store, store_copy
 from tritonspeed.kernels.tuned import Tunable
 
@@ -57,6 +58,15 @@ class LionStep:
         return self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.lr, self.lr * self.weight_decay
 
 
+def _lion_maths(
+    g: Tensor, p: Tensor, m: Tensor, beta1: Any, one_minus_beta1: Any, beta2: Any, one_minus_beta2: Any,
+    lr: Any, decay: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mixed = beta1 * m + one_minus_beta1 * g
+    direction = torch.where(mixed > 0, 1.0, torch.where(mixed < 0, -1.0, mixed))  # 0 and NaN stay
+    return p - (decay * p + lr * direction), beta2 * m + one_minus_beta2 * g
+
+
 def lion_reference(
     master: Tensor,
     exp_avg: Tensor,
@@ -75,14 +85,12 @@ def lion_reference(
     if found_inf is not None and found_inf.item() != 0:
         return
     at = LionStep(lr, *betas, weight_decay, stochastic_rounding_seed, first_element)
-    beta1, one_minus_beta1, beta2, one_minus_beta2, _, decay = at.coefficients
     g = grad.to(master.dtype)
     if grad_scale is not None:
         g = g * grad_scale
-    mixed = beta1 * exp_avg + one_minus_beta1 * g
-    direction = mixed.sign().masked_fill(mixed.isnan(), math.nan)  # torch's sign of NaN is 0
-    master.sub_(decay * master + lr * direction)
-    exp_avg.copy_(beta2 * exp_avg + one_minus_beta2 * g)
+    p, m = _lion_maths(g, master, exp_avg, *at.coefficients)
+    exp_avg.copy_(m)
+    master.copy_(p)
     write_copy_(param_out, master, stochastic_rounding_seed, first_element)
 
 
@@ -178,6 +186,8 @@ def _launched_(*arguments: Any) -> None:
 
 def _on_cpu_(*arguments: Any) -> None:
     tensors, at = _split(arguments)
+    if update_compiled_(_lion_maths, tensors, at.coefficients, at.seed):
+        return
     update_on_cpu_(tensors, lambda _, *chunk: _lion_chunk_(*chunk, at=at), at.seed, at.first_element)
 
 
