@@ -89,9 +89,10 @@ def write_record(folder: Path, record: CommitRecord) -> None:
     """Put the record in the place of the last one: whole or not at all. The folder's entry is not synced yet."""
     temporary = folder / (NAME + ".tmp")
     try:
-        with open(temporary, "w") as stream:
-            stream.write(record.text())
-            stream.flush()
+        with open(temporary, "wb", buffering=0) as stream:
+            content = memoryview(record.text().encode())
+            while content:
+                content = content[os.write(stream.fileno(), content) :]
             os.fsync(stream.fileno())
         os.rename(temporary, folder / NAME)
     except OSError:

@@ -206,11 +206,12 @@ class DirectFile:
         with self._pool.traffic.busy(way, len(view)):
             done = 0
             while done < len(view):
-                at = self.begin + offset + done
+                at, was_direct = self.begin + offset + done, self.is_direct
                 try:
                     num_bytes = call(self._descriptor, [view[done:]], at)
                 except OSError as error:
-                    if error.errno == errno.EINVAL and self._leave_direct():
+                    if error.errno == errno.EINVAL and was_direct:
+                        self._leave_direct()
                         continue
                     raise self._explained(error, way, at, len(view) - done) from error
                 if num_bytes == 0:
@@ -226,16 +227,14 @@ class DirectFile:
         if not self.is_direct and way == "read":
             os.posix_fadvise(self._descriptor, self.begin + offset, len(view), os.POSIX_FADV_DONTNEED)
 
-    def _leave_direct(self) -> bool:
-        """From now on through the page cache; False if it is so already."""
+    def _leave_direct(self) -> None:
+        """From now on through the page cache; several threads may find out at once."""
         with self._fallback_lock:
-            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-            if not flags & _O_DIRECT:
-                return False
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
-            self.is_direct = False
+            if self.is_direct:
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
+                self.is_direct = False
         _say_buffered(self.path)
-        return True
 
     def _explained(self, error: OSError, way: str, at: int, num_bytes: int) -> DiskError:
         remedy = _REMEDIES.get(error.errno or 0, "see the kernel's log (dmesg)")
