@@ -339,3 +339,56 @@ def test_deepspeeds_names():
 
     with pytest.raises(ValueError, match="partition_activations over a model parallel group of 2 ranks"):
         ts.checkpointing.configure(Mpu(), partition_activations=True)
+
+
+GPU_ROWS, GPU_WIDTH = 2048, 1024
+
+
+def on_gpu(way, in_cpu, dropout=0.1):
+    """(gradients, bytes of inputs on the GPU at the end of forward, the most in backward, bytes on the host)."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    model = nn.ModuleList(
+        nn.Sequential(nn.Linear(GPU_WIDTH, GPU_WIDTH), nn.GELU(), nn.Dropout(dropout)) for _ in range(DEPTH)
+    ).to(device)
+    ts.checkpointing.configure(checkpoint_in_cpu=in_cpu)
+    for _ in range(3):  # the first is alone with what libraries allocate; the later ones use buffers again
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        start = torch.randn(GPU_ROWS, GPU_WIDTH, device=device, requires_grad=True)
+        before = torch.cuda.memory_allocated()
+        h = start * 1.0
+        for block in model:
+            h = way(block, h)
+        held, host_bytes = torch.cuda.memory_allocated() - before, ts.checkpointing.host_bytes()
+        torch.cuda.reset_peak_memory_stats()
+        h.square().mean().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        del h
+    found = [start.grad, *(p.grad for p in model.parameters())]
+    return found, held, peak, host_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_on_a_gpu_inputs_leave_it_and_come_back(way):
+    """Five regions' inputs of b bytes: without, five and the output are held; with, two and the output."""
+    b = GPU_ROWS * GPU_WIDTH * 4
+    here, away = on_gpu(way, in_cpu=False), on_gpu(way, in_cpu=True)
+    assert same(here[0], away[0])
+    slack = b // 8  # what is not an input: seeds, reductions, the allocator's rounding
+    assert abs(here[1] - (DEPTH + 1) * b) < slack
+    assert abs(away[1] - (REGIONS_LEAVING + 1) * b) < slack
+    assert here[2] - away[2] >= (DEPTH - REGIONS_LEAVING - 1) * b - slack, "backward's peak is lower by those away"
+    assert (here[3], away[3]) == (0, DEPTH * b)
+    ts.checkpointing.reset()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_tensor_written_to_while_it_leaves_is_noticed():
+    ts.checkpointing.configure(checkpoint_in_cpu=True)
+    x = torch.randn(GPU_ROWS, GPU_WIDTH, device="cuda", requires_grad=True) * 1.0
+    out = ts.checkpointing.checkpoint(torch.sin, x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="written to in place"):
+        out.sum().backward()
