@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lockstep import sharded_training
+from lockstep import options, sharded_training
 from models import Net, batch
 
 import tritonspeed as ts
@@ -53,10 +53,14 @@ def with_parameters(folder: str) -> dict[str, ts.Offload]:
     }
 
 
-def curves(stage: int, precision: str | None, accumulation: int, folder: str, optimizer: str) -> dict:
+def curves(
+    stage: int, precision: str | None, accumulation: int, folder: str, optimizer: str, given: dict | None = None
+) -> dict:
     ways = {"device": ts.Offload(), **offloads(folder)} | (with_parameters(folder) if stage == 3 else {})
     return {
-        name: sharded_training(stage, STEPS, accumulation, precision, {"offload": way}, wide, optimizer)
+        name: sharded_training(
+            stage, STEPS, accumulation, precision, {**(given or {}), "offload": way}, wide, optimizer
+        )
         for name, way in ways.items()
     }
 
@@ -78,10 +82,41 @@ def test_every_tier_gives_the_same_bits(ranks, tmp_path, world, stage, precision
         assert_same(got)
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"overlap": False}, {"reduce_bucket_size": 1}], ids=["overlap", "no overlap", "small buckets"]
+)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_accumulated_gradients_are_neither_lost_nor_doubled(ranks, tmp_path, stage):
-    for got in ranks(2, curves, stage, "bf16", 3, str(tmp_path), "ours"):
+@pytest.mark.parametrize("world", [1, 2])
+def test_accumulated_gradients_are_neither_lost_nor_doubled(ranks, tmp_path, world, stage, given):
+    for got in ranks(world, curves, stage, "bf16", 3, str(tmp_path), "ours", given):
         assert_same(got)
+
+
+def uneven(way: ts.Offload) -> list[torch.Tensor]:
+    """Masters after steps of 1, 3, 2 and 1 backwards: what was 16 bits alone must not be when more is added."""
+    torch.manual_seed(0)
+    model = wide()
+    inner = ts.optim.AdamW(model.parameters(), lr=1e-2)
+    model, stepper = ts.zero.shard(model, inner, 3, "bf16", 0.5, options(offload=way))
+    assert stepper is not None
+    number = 0
+    for num_backwards in (1, 3, 2, 1):
+        for _ in range(num_backwards):
+            model(*batch(0, number)).backward()
+            number += 1
+        stepper.step()
+    return [ts.zero.safe_get_full_fp32_param(p) for p in model.parameters()]
+
+
+def uneven_everywhere(folder: str) -> dict[str, list[torch.Tensor]]:
+    return {name: uneven(way) for name, way in {"device": ts.Offload(), **offloads(folder)}.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_of_any_number_of_backwards(ranks, tmp_path, world):
+    for got in ranks(world, uneven_everywhere, str(tmp_path)):
+        for name, masters in got.items():
+            assert all(a.equal(b) for a, b in zip(masters, got["device"], strict=True)), name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rounded", "8bit", "lion", "adagrad"])
