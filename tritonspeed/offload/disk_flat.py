@@ -48,7 +48,13 @@ class DiskFlat:
         self.numel, self.dtype = file.numel, file.dtype
         self.page_elems = PAGE_BYTES // file.dtype.itemsize
         self.contents, self._folder, self._size = file, folder, file.dtype.itemsize
-        self._files = [DirectFile(p, folder.pool, create(p, file), file.flat_bytes) for p in paths]
+        self._files: list[DirectFile] = []
+        try:
+            for path in paths:
+                self._files.append(DirectFile(path, folder.pool, create(path, file), file.flat_bytes))
+        except OSError:  # the disk is full with the second one: the first takes no more of it
+            self._delete()
+            raise
         self._header = header_digest(file)
         self._lock = threading.Lock()
         self._slot = 0
@@ -159,6 +165,9 @@ class DiskFlat:
         """Delete its files; the flat is not used again. What is committed of others stays so."""
         self.discard()
         self._folder.drop(self)
+        self._delete()
+
+    def _delete(self) -> None:
         self.close()
         for file in self._files:
             file.path.unlink(missing_ok=True)

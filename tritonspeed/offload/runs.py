@@ -50,7 +50,7 @@ class Runs:
         for run in self._runs[first:]:
             if run.lo >= hi:
                 break
-            if run.hi > lo and run.lo < run.hi:
+            if max(lo, run.lo) < min(hi, run.hi):
                 found.append(run)
         return found
 

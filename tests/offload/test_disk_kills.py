@@ -1,0 +1,318 @@
+"""Killed and cut off at any moment: what was committed verifies, and no step that was acknowledged is lost.
+
+Three ways to stop: a kill at each system call of a step in turn, kills at random times, and power cuts, which also take
+back what was written and not synced (played back from a log of the calls, so that every order can be tried).
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing as mp
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import SMALL, on_pages
+from safetensors import safe_open
+
+from tritonspeed.offload.disk import CorruptState, DiskFolder, committed, verify
+from tritonspeed.offload.page_file import Piece
+
+NUMEL = 12_345
+TILE_ELEMS = 4096
+NUM_TILES = -(-NUMEL // TILE_ELEMS)
+NUM_RANDOM_KILLS = 40
+KINDS = ("master", "exp_avg")
+CALLS = ("pwritev", "fdatasync", "write", "fsync", "rename")
+
+
+def contents(kind: str, step: int) -> torch.Tensor:
+    """What a step leaves: all of the masters are new, one tile of the moment."""
+    values = torch.empty(NUMEL)
+    for number in range(NUM_TILES):
+        tile = slice(number * TILE_ELEMS, (number + 1) * TILE_ELEMS)
+        last = step if kind == "master" else max(0, step - (step - number) % NUM_TILES)
+        values[tile] = (torch.arange(NUMEL)[tile] * (last + 1)) % 65_521
+    return values
+
+
+def start(path: str) -> tuple[DiskFolder, dict[str, Any]]:
+    folder = DiskFolder(path, requests=SMALL)
+    pieces = [Piece.of("w", (NUMEL,), 0)]
+    flats = {kind: folder.flat("b", kind, torch.float32, NUMEL, pieces) for kind in KINDS}
+    for kind, flat in flats.items():
+        flat.fill(contents(kind, 0))
+    folder.commit(0)
+    return folder, flats
+
+
+def one_step(folder: DiskFolder, flats: dict[str, Any], step: int) -> None:
+    handles = []
+    for kind, flat in flats.items():
+        values = contents(kind, step)
+        for number in range(NUM_TILES):
+            if kind == "master" or number == step % NUM_TILES:
+                lo = number * TILE_ELEMS
+                handles.append(flat.store(lo, on_pages(values[lo : lo + TILE_ELEMS])))
+    for handle in handles:
+        handle.wait()
+    folder.commit(step, {"step": step})
+
+
+def train(path: str, acknowledge: Callable[[int], Any], last_call: int | None) -> None:
+    """Step until killed; ``last_call`` is the number of the system call that is not returned from."""
+    folder, flats = start(path)
+    acknowledge(0)
+    numbers = itertools.count(1)
+
+    def counted(name: str) -> Any:
+        really = getattr(os, name)
+
+        def call(*args: Any) -> Any:
+            if next(numbers) == last_call:
+                if name == "pwritev":  # half of it arrives
+                    really(args[0], [args[1][0][:4096]], args[2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return really(*args)
+
+        return call
+
+    if last_call is not None:
+        for name in CALLS:
+            setattr(os, name, counted(name))
+    for step in itertools.count(1):
+        one_step(folder, flats, step)
+        acknowledge(step)
+
+
+def nursery(pipe: Any) -> None:
+    """Fork and kill on request: everything is imported once, so a kill costs milliseconds."""
+    torch.set_num_threads(1)
+    write = os.write
+    while (request := pipe.recv()) is not None:
+        path, last_call, delay_s = request
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # one that hangs ends by another signal than the one that is waited for
+            try:
+                train(path, lambda step, to=writing: write(to, step.to_bytes(8, "little")), last_call)
+            finally:
+                os._exit(1)
+        os.close(writing)
+        acknowledged = os.read(reading, 8)
+        if last_call is None:
+            time.sleep(delay_s)
+            os.kill(child, signal.SIGKILL)
+        while more := os.read(reading, 8):
+            acknowledged = more
+        os.close(reading)
+        _, status = os.waitpid(child, 0)
+        pipe.send((int.from_bytes(acknowledged, "little"), status))
+
+
+@pytest.fixture(scope="module")
+def killed():
+    """``killed(path, last_call, delay_s)`` trains in another process until it is killed; the last acknowledged step."""
+    with killing() as kill:
+        yield kill
+
+
+@contextmanager
+def killing() -> Iterator[Callable[..., int]]:
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=nursery, args=(there,), daemon=True)
+    process.start()
+
+    def kill(path: Path, last_call: int | None, delay_s: float = 0.0) -> int:
+        here.send((str(path), last_call, delay_s))
+        assert here.poll(100), "the run was not killed"
+        acknowledged, status = here.recv()
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+        return acknowledged
+
+    yield kill
+    here.send(None)
+    process.join(60)
+
+
+def check(folder: Path, acknowledged: int) -> int:
+    """The committed step, complete and not before the acknowledged one."""
+    step = verify(folder)
+    assert step in (acknowledged, acknowledged + 1)
+    found = committed(folder)
+    assert found.record.facts == ({"step": step} if step else {})
+    for kind in KINDS:
+        assert torch.equal(found[f"{kind}/w"], contents(kind, step)), f"{kind} is not of step {step}"
+    return step
+
+
+def is_torn(folder: Path, step: int) -> bool:
+    """Both slots are valid files; whether the one that is not committed is of no step."""
+    torn = False
+    for path in folder.glob("b.master.*.safetensors"):
+        with safe_open(path, "pt") as opened:
+            values = opened.get_tensor("w")
+        torn |= not any(torch.equal(values, contents("master", s)) for s in (step - 1, step, step + 1)) and step > 0
+    return torn
+
+
+def test_a_kill_at_every_call_of_two_steps(tmp_path, killed):
+    torn, steps = 0, set()
+    for number in range(1, 61):
+        path = tmp_path / str(number)
+        acknowledged = killed(path, last_call=number)
+        folder = path / "tritonspeed" / "rank-0-of-1"
+        step = check(folder, acknowledged)
+        torn += is_torn(folder, step)
+        steps.add((acknowledged, step))
+        if acknowledged == 2:
+            break
+    assert torn, "no kill left a slot half written: the test does not reach what it is for"
+    assert {(0, 0), (1, 1), (0, 1)} <= steps, "not all moments around a commit were met"
+    assert acknowledged == 2, "two steps take more calls than were tried"
+
+
+def test_kills_at_random_times(tmp_path, killed, num_kills=NUM_RANDOM_KILLS):
+    """A larger sweep: ``python tests/offload/test_disk_kills.py FOLDER NUMBER``."""
+    steps = []
+    for number in range(num_kills):
+        path = tmp_path / str(number)
+        acknowledged = killed(path, None, random.Random(number).uniform(0, 0.1))
+        folder = path / "tritonspeed" / "rank-0-of-1"
+        steps.append(check(folder, acknowledged))
+        is_torn(folder, steps[-1])
+        again = DiskFolder(path)  # the lock went with the process
+        again.close()
+    assert max(steps) > 0, "no run came as far as its first step"
+
+
+class Log:
+    """Every call that changes the folder, in order, and the disk's contents before the first of them."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        self.events: list[tuple[Any, ...]] = []
+        really = {name: getattr(os, name) for name in CALLS}
+
+        def name_of(descriptor: int) -> str:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            return "." if path == folder else path.name
+
+        def pwritev(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            self.events.append(("write", name_of(descriptor), offset, bytes(buffers[0])))
+            return really["pwritev"](descriptor, buffers, offset)
+
+        def write(descriptor: int, content: memoryview) -> int:
+            self.events.append(("write", name_of(descriptor), os.lseek(descriptor, 0, os.SEEK_CUR), bytes(content)))
+            return really["write"](descriptor, content)
+
+        def sync(name: str) -> Any:
+            def call(descriptor: int) -> None:
+                really[name](descriptor)
+                self.events.append(("sync", name_of(descriptor)))
+
+            return call
+
+        def rename(source: Path, target: Path) -> None:
+            really["rename"](source, target)
+            self.events.append(("rename", Path(source).name, Path(target).name))
+
+        for name, call in (("pwritev", pwritev), ("write", write), ("rename", rename)):
+            monkeypatch.setattr(os, name, call)
+        for name in ("fdatasync", "fsync"):
+            monkeypatch.setattr(os, name, sync(name))
+
+    def play(self, num_events: int, random_: random.Random, loses_syncs: bool = False) -> tuple[dict[str, bytes], int]:
+        """The disk after a power cut behind so many events, and the last acknowledged step.
+
+        What was synced is there; of the rest, any sectors of any writes, and as many of the renamings as may be.
+        """
+        files = {name: bytearray(content) for name, content in self.before.items()}
+        durable, names = dict(files), dict(files)  # the folder's entries, on the disk and in memory
+        history, unsynced, acknowledged = [durable], [], 0
+        for event in self.events[:num_events]:
+            if event[0] == "write":
+                _, name, offset, content = event
+                file = names.setdefault(name, bytearray())
+                unsynced += [(file, offset + i, content[i : i + 512]) for i in range(0, len(content), 512)]
+            elif event == ("sync", ".") and not loses_syncs:
+                history = [dict(names)]
+            elif event[0] == "sync" and not loses_syncs:
+                file = names[event[1]]
+                for part in [part for part in unsynced if part[0] is file]:
+                    _put(*part)
+                unsynced = [part for part in unsynced if part[0] is not file]
+            elif event[0] == "rename":
+                names[event[2]] = names.pop(event[1])
+                history.append(dict(names))
+            elif event[0] == "acknowledged":
+                acknowledged = event[1]
+        share = random_.choice((0.0, 0.5, 1.0))
+        for part in unsynced:
+            if random_.random() < share:
+                _put(*part)
+        return {name: bytes(content) for name, content in random_.choice(history).items()}, acknowledged
+
+
+def _put(file: bytearray, offset: int, content: bytes) -> None:
+    file.extend(bytes(max(0, offset + len(content) - len(file))))
+    file[offset : offset + len(content)] = content
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """A log of four steps and of an edit."""
+    folder, flats = start(str(tmp_path / "run"))
+    with monkeypatch.context() as patched:
+        log = Log(folder.folder, patched)
+        for step in range(1, 5):
+            one_step(folder, flats, step)
+            log.events.append(("acknowledged", step))
+        flats["master"].edit(100, flats["master"].read(100, 5000))  # all of the same values: another slot, one step
+    folder.close()
+    return log
+
+
+def after_power_cut(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_power_cut_behind_every_call(tmp_path, log):
+    seen = set()
+    for number in range(len(log.events) + 1):
+        for seed in range(3):
+            files, acknowledged = log.play(number, random.Random(1000 * number + seed))
+            step = check(after_power_cut(tmp_path / f"{number}.{seed}", files), acknowledged)
+            seen.add(step - acknowledged)
+    assert seen == {0, 1}, "not all moments around a commit were met"
+
+
+def test_the_power_cut_bites_where_nothing_is_synced(tmp_path, log):
+    broken = 0
+    for number in range(len(log.events) + 1):
+        files, acknowledged = log.play(number, random.Random(number), loses_syncs=True)
+        try:
+            check(after_power_cut(tmp_path / str(number), files), acknowledged)
+        except (AssertionError, CorruptState):
+            broken += 1
+    assert broken > 5
+
+
+if __name__ == "__main__":
+    import sys
+
+    with killing() as kill:
+        test_kills_at_random_times(Path(sys.argv[1]), kill, int(sys.argv[2]))
+    print(f"{sys.argv[2]} kills: every committed state verified, no acknowledged step was lost")
