@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "start a training script on one or many ranks, with DeepSpeed's launcher flags, over torchrun",
     "report": "what this machine has, what works on it, and what to do where it does not",
     "check": "what each key of a ds_config.json does here",
+    "estimate": "what a run needs in memory and on disk, what it moves, and which settings fit",
     "tune": "time the kernels' launch configurations on this GPU and keep the fastest",
     "demo": "train a small language model under ZeRO-3 and draw where its bytes are",
 }

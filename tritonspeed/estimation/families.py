@@ -1,8 +1,8 @@
 """From a Hugging Face ``config.json`` to the names and shapes of the checkpoint's tensors; no library, no network.
 
 Families: decoders like Llama (Mistral, Qwen 2 and 3, Gemma, Phi-3, OLMo, and their mixtures of experts), GPT-2,
-GPT-NeoX, OPT, BERT and RoBERTa. A family that is not known but names its sizes is taken for the nearest of the first three, and
-``assumed`` says so. Experts are one tensor for all of a block's, (E, out, in), as in today's checkpoints in memory.
+GPT-NeoX, OPT, BERT and RoBERTa. A family that is not known but names its sizes is taken for Llama's or
+GPT-NeoX's, and ``assumed`` says so. Experts are one tensor for all of a block's, (E, out, in), as they are in memory.
 """
 
 from __future__ import annotations

@@ -48,33 +48,46 @@ class Forecast(memory.Estimate):
     activation_guess_bytes: int | None = None
 
     @property
+    def held_activation_bytes(self) -> int:
+        """Of one micro batch: counted where inputs were given, else guessed, else 0."""
+        found = self.activation_guess_bytes if self.activation_bytes is None else self.activation_bytes
+        return found or 0
+
+    @property
     def device_bytes(self) -> int:
         """What a device needs at its peak, activations included where they are known, and what the runtime takes."""
-        measured = getattr(self, "activation_bytes", None)
-        activations = self.activation_guess_bytes if measured is None else measured
-        return self.total_peak_bytes + (activations or 0) + RUNTIME_BYTES
+        return self.total_peak_bytes + self.held_activation_bytes + RUNTIME_BYTES
 
     @property
     def node_host_bytes(self) -> int:
-        """What the ranks of a node need of its memory at their peak."""
-        return self.work.ranks_per_node * sum(getattr(self, "host_peak_bytes", {}).values())
+        """What the ranks of a node need of its memory at their peak; all they have, where they compute on its CPU."""
+        if not self.work.shares_memory:
+            return self.work.ranks_per_node * self.total_host_peak_bytes
+        guessed = self.held_activation_bytes if self.activation_bytes is None else 0
+        return self.work.ranks_per_node * (self.resident_bytes + guessed)
 
     @property
     def node_disk_bytes(self) -> int:
         """What the ranks of a node keep on its disk, both slots."""
-        return self.work.ranks_per_node * getattr(self, "disk_bytes", 0)
+        return self.work.ranks_per_node * self.disk_bytes
+
+    def _tiers(self, machine: Machine) -> tuple[tuple[str, int, int], ...]:
+        """(tier, what is needed there, what there is)."""
+        device = () if machine.shares_memory else (("device memory", self.device_bytes, machine.device_bytes),)
+        return (
+            *device,
+            ("host memory", self.node_host_bytes, machine.host_bytes),
+            ("disk", self.node_disk_bytes, machine.disk_bytes),
+        )
+
+    def needs(self, machine: Machine) -> list[float]:
+        """What is needed of each tier of nodes like ``machine``, as a share of what there is."""
+        return [need / there for _, need, there in self._tiers(machine)]
 
     def shortages(self, machine: Machine) -> list[str]:
         """What does not fit on nodes like ``machine``, in words; empty where all does."""
-        device, host = self.device_bytes, self.node_host_bytes
-        if machine.shares_memory:
-            device, host = 0, host + self.work.ranks_per_node * device
-        needs = (
-            ("device memory", device, machine.device_bytes),
-            ("host memory", host, machine.host_bytes),
-            ("disk", self.node_disk_bytes, machine.disk_bytes),
-        )
-        return [f"{what}: {_gib(need)} of {_gib(there)} GiB" for what, need, there in needs if need > there]
+        tiers = self._tiers(machine)
+        return [f"{what}: {_gib(need)} of {_gib(there)} GiB" for what, need, there in tiers if need > there]
 
 
 def _gib(num_bytes: float) -> str:
@@ -85,12 +98,14 @@ def estimate(
     model: Any,
     config: Any,
     world_size: int,
+    inputs: Any = None,
+    offload: Offload | None = None,
+    device: str | None = None,
     *,
     nodes: int = 1,
     tokens: int | None = None,
     machine: Machine | None = None,
     checkpointing: bool = False,
-    **memory_options: Any,
 ) -> Forecast:
     """What one rank of ``world_size`` will hold and move when ``model`` is trained under ``config``.
 
@@ -99,28 +114,44 @@ def estimate(
             Hugging Face config, a folder of safetensors, "params=7e9". Blocks are taken to run in registration order.
         config: as for ``initialize``.
         world_size: ranks.
+        inputs: one micro batch, for the activations: as for ``measure_activations``. None takes a formula on the sizes.
+        offload: instead of what the config says.
+        device: what the ranks compute on, "cpu" or "cuda"; None is what ``machine`` has, else what this one has.
         nodes: that they are spread over evenly.
         tokens: of one rank in one step, all micro-steps together; None is 2,048 for each sample.
         machine: what the nodes are like: ``machine_of("H100")``, ``calibrate()``. None leaves times out.
         checkpointing: every block's activations are recomputed in backward.
-        memory_options: of ``tritonspeed.estimation.memory.estimate``.
 
     Raises:
         ValueError: the model cannot be read, the config contradicts itself, or ranks do not spread over the nodes.
     """
     shape = ModelShape.of(model)
-    module = shape.build()
-    base = memory.estimate(module, config, world_size, **memory_options)
-    resolved = load(config).resolve(world_size, ModelFacts(hidden_size=_hidden(module)))
-    work = workload(shape, resolved, world_size, nodes, tokens, machine, checkpointing)
-    itemsize = Policy.from_config(resolved).compute.itemsize
+    if device is None and machine is not None:
+        device = "cpu" if machine.shares_memory else "cuda"
+    split = Split(world_size, nodes, tokens, checkpointing, (device or memory_device()) == "cpu")
+    held = memory.estimate(shape.build(), config, world_size, inputs, offload, device)
+    return combine(held, shape, config, split, machine, offload)
+
+
+def combine(
+    held: memory.Estimate,
+    shape: ModelShape,
+    config: Any,
+    split: Split,
+    machine: Machine | None,
+    offload: Offload | None = None,
+) -> Forecast:
+    """An estimate of memory, with what moves: the second half of ``estimate``, which see for the arguments."""
+    resolved = load(config).resolve(split.world_size, ModelFacts(hidden_size=_hidden(shape.build())))
+    work = workload(shape, resolved, offload or Offload.from_config(resolved), split)
+    micro_tokens, itemsize = round(work.tokens / work.accumulation), Policy.from_config(resolved).compute.itemsize
     return Forecast(
-        **vars(base),
+        **vars(held),
         shape=shape,
         work=work,
         link_bytes=total_bytes(work),
         step=None if machine is None else time_of(work, machine),
-        activation_guess_bytes=shape.activation_bytes(round(work.tokens / work.accumulation), checkpointing, itemsize),
+        activation_guess_bytes=shape.activation_bytes(micro_tokens, split.checkpointing, itemsize),
     )
 
 
@@ -128,44 +159,48 @@ def _hidden(module: nn.Module) -> int | None:
     return getattr(getattr(module, "config", None), "hidden_size", None)
 
 
-def workload(
-    shape: ModelShape,
-    config: Config,
-    world_size: int,
-    nodes: int = 1,
-    tokens: int | None = None,
-    machine: Machine | None = None,
-    checkpointing: bool = False,
-) -> Workload:
-    """A rank's share of a step, in the terms of ``traffic``.
+def memory_device() -> str:
+    """What ranks of this machine compute on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    Args:
-        config: resolved.
 
-    The others are those of ``estimate``.
-    """
-    if nodes < 1 or world_size % nodes:
-        raise ValueError(
-            f"{world_size} ranks do not spread evenly over {nodes} nodes: make one a multiple of the other"
-        )
+@dataclass(frozen=True)
+class Split:
+    """How a run is spread: see ``estimate``. ``on_cpu``: device and host are one memory."""
+
+    world_size: int
+    nodes: int = 1
+    tokens: int | None = None
+    checkpointing: bool = False
+    on_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.world_size % self.nodes:
+            raise ValueError(
+                f"{self.world_size} ranks do not spread evenly over {self.nodes} nodes: make them a multiple"
+            )
+
+
+def workload(shape: ModelShape, config: Config, offload: Offload, split: Split) -> Workload:
+    """A rank's share of a step, in the terms of ``traffic``; ``config`` is resolved."""
     policy = Policy.from_config(config)
     stage = stage_of(int(config.zero_optimization.stage))
-    offload = Offload.from_config(config)
     accumulation = int(config.gradient_accumulation_steps or 1)
+    tokens = split.tokens
     if tokens is None:
         tokens = int(config.train_micro_batch_size_per_gpu or 1) * accumulation * SEQUENCE
     options = ShardOptions.from_config(config, policy)
     sizes = shape.sizes
-    to_host = checkpointing and config.activation_checkpointing.cpu_checkpointing and sizes is not None
-    shard = shape.num_params / world_size
+    to_host = split.checkpointing and config.activation_checkpointing.cpu_checkpointing and sizes is not None
+    shard = shape.num_params / split.world_size
     return Workload(
         num_params=shape.num_params,
         num_trainable=shape.num_trainable,
         num_active=shape.num_active_params,
         tokens=tokens,
         stage=stage,
-        world=world_size,
-        ranks_per_node=world_size // nodes,
+        world=split.world_size,
+        ranks_per_node=split.world_size // split.nodes,
         accumulation=accumulation,
         dtype=_DTYPES[policy.compute],
         compute_bytes=policy.param.itemsize,
@@ -177,11 +212,11 @@ def workload(
         ratio=offload.ratio,
         cached=min(1.0, offload.max_in_cpu / shard) if shard else 0.0,
         gathers=gathers_per_micro_step(shape.build(), options) if stage.shards_parameters else 2.0,
-        recomputes=checkpointing,
+        recomputes=split.checkpointing,
         activation_bytes=sizes.layers * sizes.hidden * tokens * policy.compute.itemsize if to_host else 0,
         overlaps=offload.overlap,
-        shares_memory=machine is not None and machine.shares_memory,
-        sums_on_wire=machine is None or not machine.shares_memory,
+        shares_memory=split.on_cpu,
+        sums_on_wire=not split.on_cpu,
     )
 
 

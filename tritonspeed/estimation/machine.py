@@ -83,7 +83,8 @@ class Machine:
 
     def is_per_node(self, link: str) -> bool:
         """Whether the node's devices share this link."""
-        return link in ("host_memory", "disk_read", "disk_write", BETWEEN)
+        shared = ("host_memory", "disk_read", "disk_write", BETWEEN)
+        return link in shared or (self.shares_memory and link in ("compute", "device_memory", INSIDE))
 
 
 @dataclass(frozen=True)

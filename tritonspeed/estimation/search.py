@@ -2,7 +2,8 @@
 
 Tried are the stages, the tiers of optimizer and parameters, activation checkpointing, and how the samples of a step are
 cut into micro batches; tokens per step stay what they are. A time is ``links.time_of``: a bound, so the ranking is one
-of bounds. Settings within 2 % of each other rank by simplicity: less offloaded, no recomputation, a lower stage.
+of bounds. Settings within 2 % of each other rank by simplicity: less offloaded, no recomputation, a lower stage. What
+does not fit comes last, the nearest to fitting first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from tritonspeed.config import Config, load
 from tritonspeed.config.read import read
-from tritonspeed.estimation.forecast import Forecast, estimate
+from tritonspeed.estimation import memory
+from tritonspeed.estimation.forecast import Forecast, Split, combine
 from tritonspeed.estimation.machine import Machine
 from tritonspeed.estimation.shapes import ModelShape
 from tritonspeed.zero.stages import STAGES
@@ -35,6 +37,7 @@ class Setting:
         micro_batch, accumulation: samples of a forward, and forwards of a step.
         forecast: what it holds and moves.
         shortages: what does not fit, in words; empty where it fits.
+        need: of what is scarcest, how often there is not enough: at most 1 where it fits.
         block: what to put into the ds_config.json.
     """
 
@@ -46,6 +49,7 @@ class Setting:
     accumulation: int
     forecast: Forecast = field(repr=False)
     shortages: tuple[str, ...]
+    need: float
     block: dict[str, Any] = field(repr=False)
 
     @property
@@ -65,9 +69,11 @@ class Setting:
 
     @property
     def _rank(self) -> tuple[Any, ...]:
+        if not self.fits:
+            return (True, self.need)
         moved = TIERS.index(self.optimizer) + TIERS.index(self.parameters)
         alike = round(math.log(max(self.seconds, 1e-9)) / math.log(ALIKE))
-        return (not self.fits, alike, moved, self.checkpointing, self.stage, self.accumulation)
+        return (False, alike, moved, self.checkpointing, self.stage, self.accumulation)
 
 
 def search(
@@ -88,31 +94,32 @@ def search(
         machine: what the nodes have.
     """
     shape = ModelShape.of(model)
-    given = dict(read(config) if not isinstance(config, Config) else {}) if config is not None else {}
-    resolved = load(config).resolve(world_size)
-    samples = int(resolved.train_micro_batch_size_per_gpu or 1) * int(resolved.gradient_accumulation_steps or 1)
-    found = []
-    for stage, optimizer, parameters in _placements(machine):
-        block = _block(given, stage, optimizer, parameters)
+    given = {} if isinstance(config, Config) else read(config)
+    start = load(config).resolve(world_size)
+    samples = int(start.train_micro_batch_size_per_gpu or 1) * int(start.gradient_accumulation_steps or 1)
+    kept = {k: v for k, v in given.items() if k != "train_batch_size"}
+    device, found = "cpu" if machine.shares_memory else "cuda", []
+    for stage, optimizer, parameters in _placements(machine, world_size):
+        held: dict[bool, memory.Estimate] = {}
         for micro in _cuts(samples):
-            whole = {**block, **_batch(micro, samples // micro)}
-            merged = {**{k: v for k, v in given.items() if k != "train_batch_size"}, **whole}
+            accumulation = samples // micro
+            block = _block(given, stage, optimizer, parameters) | _batch(micro, accumulation)
+            if (accumulation > 1) not in held:  # how often it accumulates changes no byte, only whether
+                held[accumulation > 1] = memory.estimate(shape.build(), kept | block, world_size, device=device)
             for checkpointing in (False, True):
-                forecast = estimate(
-                    shape, merged, world_size, nodes=nodes, tokens=tokens, machine=machine, checkpointing=checkpointing
-                )
-                shortages = tuple(forecast.shortages(machine))
-                found.append(
-                    Setting(
-                        stage, optimizer, parameters, checkpointing, micro, samples // micro, forecast, shortages, whole
-                    )
-                )
+                split = Split(world_size, nodes, tokens, checkpointing, machine.shares_memory)
+                forecast = combine(held[accumulation > 1], shape, kept | block, split, machine)
+                place = (stage, optimizer, parameters, checkpointing, micro, accumulation)
+                lacks, need = tuple(forecast.shortages(machine)), max(forecast.needs(machine))
+                found.append(Setting(*place, forecast, lacks, need, block))
     return sorted(_best_cuts(found), key=lambda each: each._rank)
 
 
-def _placements(machine: Machine) -> Iterator[tuple[int, str, str]]:
+def _placements(machine: Machine, world_size: int) -> Iterator[tuple[int, str, str]]:
     """(stage, tier of the optimizer, tier of the parameters), where the parameters go no further than the optimizer."""
     for number, stage in STAGES.items():
+        if world_size == 1 and stage.shards_optimizer and not stage.shards_parameters:
+            continue  # nobody to share with: stage 0 by another name
         for optimizer in TIERS:
             if machine.shares_memory and optimizer == "cpu":
                 continue  # the same memory
