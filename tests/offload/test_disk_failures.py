@@ -19,7 +19,7 @@ from tritonspeed.offload.disk import CorruptState, DiskError, DiskFolder, verify
 
 
 def test_two_runs_in_one_folder(tmp_path, folder):
-    with pytest.raises(ValueError, match=f"another run holds this folder, process {os.getpid()}: wait for it, end it"):
+    with pytest.raises(ValueError, match=f"another run holds this folder, process {os.getpid()}: close the engine"):
         DiskFolder(tmp_path, 1, 2)
     DiskFolder(tmp_path, 0, 2).close()
     folder.close()
@@ -39,10 +39,18 @@ def test_another_process_holds_it_until_it_is_killed(tmp_path):
     """
     other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"process {other.pid}"):
+    with pytest.raises(ValueError, match=f"process {other.pid}: wait for it, or end it"):
         DiskFolder(tmp_path)
     other.kill()
     other.communicate()
+    DiskFolder(tmp_path).close()
+
+
+def test_a_folder_that_nobody_can_reach_is_free(tmp_path):
+    folder = DiskFolder(tmp_path)
+    flat = folder.flat("a", "master", torch.float32, 10)
+    assert flat._folder is folder, "a cycle, so that only the collector finds it"
+    del folder, flat
     DiskFolder(tmp_path).close()
 
 
@@ -76,6 +84,15 @@ def test_what_a_dead_run_left_is_replaced_with_a_warning(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="nothing was committed"):
         verify(second.folder)
     second.close()
+
+
+def test_files_of_another_number_of_ranks_are_named(tmp_path, caplog):
+    DiskFolder(tmp_path, 0, 4).close()
+    folder = DiskFolder(tmp_path, 0, 2)
+    with caplog.at_level(logging.WARNING, "tritonspeed"):
+        folder.flat("a", "master", torch.float32, 10)
+    assert "left files here too: ['rank-0-of-4']" in caplog.text
+    folder.close()
 
 
 def test_damaged_remains_do_not_stop_the_next_run(tmp_path, caplog):

@@ -131,6 +131,8 @@ class DirectFile:
         is_dirty: written to since the last ``sync``.
     """
 
+    _descriptor = -1  # until it is open
+
     def __init__(self, path: str | os.PathLike[str], pool: Pool, begin: int, num_bytes: int) -> None:
         assert begin % PAGE_BYTES == 0, f"{path}: contents begin at {begin}, not on a page"
         self.path, self.begin, self.num_bytes, self.is_dirty = Path(path), begin, num_bytes, True
@@ -166,6 +168,9 @@ class DirectFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def _view(self, offset: int, tensor: Tensor) -> memoryview:
         assert tensor.is_contiguous() and tensor.device.type == "cpu", f"{self.path}: contiguous host memory is needed"

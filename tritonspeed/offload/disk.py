@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import logging
 import os
 import weakref
@@ -38,6 +39,7 @@ from tritonspeed.offload.commit_record import (
 )
 from tritonspeed.offload.direct import DiskError, Pool, Traffic
 from tritonspeed.offload.disk_flat import DiskFlat
+from tritonspeed.offload.heap import give_back_freed_blocks
 from tritonspeed.offload.options import Requests
 from tritonspeed.offload.page_file import PageFile, Piece, free_bytes
 
@@ -60,13 +62,16 @@ class DiskFolder:
         ValueError: the folder cannot be written, or another run holds it.
     """
 
+    _lock: int | None = None  # a descriptor, while it is held
+
     def __init__(
         self, path: str | os.PathLike[str], rank: int = 0, world: int = 1, requests: Requests | None = None
     ) -> None:
+        give_back_freed_blocks()  # who keeps state on a disk has no memory to spare
         self.rank, self.world = rank, world
         self.folder = Path(path) / "tritonspeed" / f"rank-{rank}-of-{world}"
         _make(Path(path), self.folder)
-        self._lock: int | None = _hold(self.folder)
+        self._lock = _hold(self.folder)
         _held_folders.add(self)
         self.pool = Pool(requests or Requests())
         self._flats: dict[tuple[str, str], DiskFlat] = {}
@@ -229,6 +234,9 @@ class DiskFolder:
             os.close(self._lock)
             self._lock = None
 
+    def __del__(self) -> None:
+        self.forget_lock()
+
     def _clear(self) -> None:
         """Remove what an earlier run left, the record first: it must never name files that are gone."""
         try:
@@ -245,6 +253,11 @@ class DiskFolder:
             _sync_folder(self.folder)
         for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.tmp")):
             path.unlink()
+        others = {path.name for path in self.folder.parent.glob("rank-0-of-*")} - {f"rank-0-of-{self.world}"}
+        if others and self.rank == 0:
+            _log.warning(
+                "%s: runs of other numbers of ranks left files here too: %s", self.folder.parent, sorted(others)
+            )
 
 
 def _make(path: Path, folder: Path) -> None:
@@ -275,17 +288,26 @@ def _sync_folder(folder: Path) -> None:
 def _hold(folder: Path) -> int:
     """Lock the folder; a descriptor that holds the lock."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise ValueError(
-            f"{folder}: another run holds this folder, process {holder}: wait for it, end it, or name another folder"
-        ) from error
+    if not _locks(descriptor):
+        gc.collect()  # an engine that nobody can reach any more gives its folder back
+        if not _locks(descriptor):
+            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            remedy = "close the engine that uses it" if holder == str(os.getpid()) else "wait for it, or end it"
+            raise ValueError(
+                f"{folder}: another run holds this folder, process {holder}: {remedy}, or name another folder"
+            )
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def _locks(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _leave_locks_to_parent() -> None:
