@@ -125,7 +125,7 @@ def estimate(
     Raises:
         ValueError: the model cannot be read, the config contradicts itself, or ranks do not spread over the nodes.
     """
-    shape = ModelShape.of(model)
+    shape = ModelShape.of(model).with_module()
     if device is None and machine is not None:
         device = "cpu" if machine.shares_memory else "cuda"
     split = Split(world_size, nodes, tokens, checkpointing, (device or memory_device()) == "cpu")
@@ -166,13 +166,19 @@ def memory_device() -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """How a run is spread: see ``estimate``. ``on_cpu``: device and host are one memory."""
+    """How a run is spread: see ``estimate``.
+
+    Attributes:
+        on_cpu: device and host are one memory.
+        gathers: of ``gathers_per_micro_step``, where it is known.
+    """
 
     world_size: int
     nodes: int = 1
     tokens: int | None = None
     checkpointing: bool = False
     on_cpu: bool = False
+    gathers: float | None = None
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.world_size % self.nodes:
@@ -193,6 +199,9 @@ def workload(shape: ModelShape, config: Config, offload: Offload, split: Split) 
     sizes = shape.sizes
     to_host = split.checkpointing and config.activation_checkpointing.cpu_checkpointing and sizes is not None
     shard = shape.num_params / split.world_size
+    gathers = split.gathers
+    if gathers is None:
+        gathers = gathers_per_micro_step(shape.build(), options) if stage.shards_parameters else 2.0
     return Workload(
         num_params=shape.num_params,
         num_trainable=shape.num_trainable,
@@ -211,7 +220,7 @@ def workload(shape: ModelShape, config: Config, offload: Offload, split: Split) 
         parameters=offload.parameters,
         ratio=offload.ratio,
         cached=min(1.0, offload.max_in_cpu / shard) if shard else 0.0,
-        gathers=gathers_per_micro_step(shape.build(), options) if stage.shards_parameters else 2.0,
+        gathers=gathers,
         recomputes=split.checkpointing,
         activation_bytes=sizes.layers * sizes.hidden * tokens * policy.compute.itemsize if to_host else 0,
         overlaps=offload.overlap,

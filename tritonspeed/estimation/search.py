@@ -93,7 +93,7 @@ def search(
         world_size, nodes, tokens: as for ``estimate``.
         machine: what the nodes have.
     """
-    shape = ModelShape.of(model)
+    shape = ModelShape.of(model).with_module()
     given = {} if isinstance(config, Config) else read(config)
     start = load(config).resolve(world_size)
     samples = int(start.train_micro_batch_size_per_gpu or 1) * int(start.gradient_accumulation_steps or 1)
@@ -101,14 +101,16 @@ def search(
     device, found = "cpu" if machine.shares_memory else "cuda", []
     for stage, optimizer, parameters in _placements(machine, world_size):
         held: dict[bool, memory.Estimate] = {}
+        gathers = None  # the same for all cuts
         for micro in _cuts(samples):
             accumulation = samples // micro
             block = _block(given, stage, optimizer, parameters) | _batch(micro, accumulation)
             if (accumulation > 1) not in held:  # how often it accumulates changes no byte, only whether
                 held[accumulation > 1] = memory.estimate(shape.build(), kept | block, world_size, device=device)
             for checkpointing in (False, True):
-                split = Split(world_size, nodes, tokens, checkpointing, machine.shares_memory)
+                split = Split(world_size, nodes, tokens, checkpointing, machine.shares_memory, gathers)
                 forecast = combine(held[accumulation > 1], shape, kept | block, split, machine)
+                gathers = forecast.work.gathers
                 place = (stage, optimizer, parameters, checkpointing, micro, accumulation)
                 lacks, need = tuple(forecast.shortages(machine)), max(forecast.needs(machine))
                 found.append(Setting(*place, forecast, lacks, need, block))

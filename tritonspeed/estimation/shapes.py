@@ -15,7 +15,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ class ModelShape:
         tied: name → the tensor that it is.
         sizes: of the transformer; None where only tensors are known: activations are then not estimated.
         assumed: what was assumed of it, in words; empty where nothing was.
-        module: the module that it was taken from, if any.
+        module: the module that it was taken from, or its stand-in, if there is one.
         num_trainable: elements with a gradient.
     """
 
@@ -171,6 +171,10 @@ class ModelShape:
             root.config = SimpleNamespace(hidden_size=self.sizes.hidden)
         return root
 
+    def with_module(self) -> ModelShape:
+        """The same, with its module at hand: building one of a hundred blocks takes a tenth of a second."""
+        return self if self.module is not None else replace(self, module=self.build())
+
     @property
     def num_blocks(self) -> int:
         """Repeated blocks; 0 where there are none."""
@@ -216,7 +220,7 @@ def _place(root: nn.Module, path: list[str], parameter: Parameter) -> None:
             elif (
                 i == len(path) - 2 and path[-1] == "weight" and re.search(r"emb|wte|wpe", name) and parameter.ndim == 2
             ):
-                child = nn.Embedding(1, 1, device="meta")
+                child = nn.Embedding(1, 1, _weight=torch.empty(1, 1, device="meta"))  # not initialised
             else:
                 child = _Part()
             parent.add_module(name, child)
