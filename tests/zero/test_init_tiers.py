@@ -25,7 +25,8 @@ from tritonspeed.zero.group import group_of, place_of
 def config(folder: Any, device: str = "nvme", stage: int = 3, max_in_cpu: int = 0) -> dict[str, Any]:
     """Of a run whose parameters are offloaded."""
     offload = {"device": device, "nvme_path": str(folder), "max_in_cpu": max_in_cpu}
-    return {"train_batch_size": 2, "zero_optimization": {"stage": stage, "offload_param": offload}}
+    zero = {"stage": stage, "offload_param": offload, "stage3_max_live_parameters": "auto"}
+    return {"train_batch_size": 2, "zero_optimization": zero}
 
 
 def tiers_of(model: nn.Module) -> set[Tier]:
@@ -90,10 +91,11 @@ def test_a_model_bigger_than_what_may_be_open_is_built_and_moved_unit_by_unit(
 ) -> None:
     width, depth, held = 128, 12, []
     unit_bytes = 4 * (width * width + width)
-    monkeypatch.setattr(zero_init, "OPEN_AT_MOST_ELEMS", 2 * unit_bytes // 4)
+    settings = config(tmp_path)
+    settings["zero_optimization"]["stage3_max_live_parameters"] = 2 * unit_bytes // 4
     gc.collect()  # what other tests have left
     before = num_bytes_alive()
-    with ts.zero.Init(config_dict_or_path=config(tmp_path)):
+    with ts.zero.Init(config_dict_or_path=settings):
         model = Deep(width, depth, held)
     assert len(held) == 2 * depth and max(held) - before < 3.5 * unit_bytes, "two open and one arriving"
     assert num_bytes_alive() - before < 0.1 * unit_bytes

@@ -9,8 +9,9 @@ what it writes is kept. Parameters on the meta device have no values yet: ``meta
 the model is sharded.
 
 A rank's parts may wait on the host or on disk (``remote_device``, or the config's ``offload_param``): then memory holds
-what constructors have open, at most ``OPEN_AT_MOST_ELEMS``, and when the model is sharded, one unit at a time. Files
-stand in a folder of their own under ``nvme_path``, and go when what built them is gone.
+what constructors have open, at most ``OPEN_AT_MOST_ELEMS`` or the config's ``max_live_parameters``, and when the model
+is sharded, one unit at a time. Files stand in a folder of their own under ``nvme_path``, and go when what built them is
+gone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
-from tritonspeed.config import load
+from tritonspeed.config import Config, load
 from tritonspeed.offload import Offload, Tier
 from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.group import Group, group_of
@@ -181,11 +182,12 @@ class Init:
             raise TypeError(f"zero.Init() got an unexpected keyword argument {unknown[0]!r}")
         self.enabled, self.dtype = enabled, dtype
         self.ledger = Ledger()
-        self.mesh, self.homes = None, None
+        self.mesh, self.homes, self.open_at_most_elems = None, None, OPEN_AT_MOST_ELEMS
         if enabled:
             self.mesh = comm.mesh_of(data_parallel_group or mpu)
-            offload = _offload(config_dict_or_path, config, remote_device, pin_memory)
-            self.homes = BuildingHomes(offload, self.mesh, self.ledger)
+            known = _one_config(config_dict_or_path, config)
+            self.homes = BuildingHomes(_offload(known, remote_device, pin_memory), self.mesh, self.ledger)
+            self.open_at_most_elems = min(OPEN_AT_MOST_ELEMS, _max_live(known))
         self._open: list[Group] = []
         self._guarded: list[nn.Module] = []
         self._made: list[ref[Group]] = []
@@ -216,7 +218,7 @@ class Init:
     def _attach(self, parent: nn.Module | None, name: str, module: nn.Module | None) -> None:
         if module is None:
             return
-        self._flush_beyond(OPEN_AT_MOST_ELEMS)
+        self._flush_beyond(self.open_at_most_elems)
         for owner in module.modules():
             parameters = [p for p in dict.values(owner._parameters) if p is not None]
             fresh = [p for p in parameters if group_of(p) is None and p.device.type != "meta" and p.is_floating_point()]
@@ -247,7 +249,7 @@ class Init:
 
     def _read(self, group: Group) -> None:
         if _active is self and not group.is_whole:
-            self._flush_beyond(OPEN_AT_MOST_ELEMS - group.num_elems)
+            self._flush_beyond(self.open_at_most_elems - group.num_elems)
             group.acquire("init")
             self._open.append(group)
 
@@ -276,14 +278,23 @@ class Init:
         self._guarded, self._made = [], []
 
 
-def _offload(config_dict_or_path: Any, config: Any, remote_device: str | None, pin_memory: bool | None) -> Offload:
-    """Where the parts of a model that is built are to wait."""
+def _one_config(config_dict_or_path: Any, config: Any) -> Config | None:
     if config_dict_or_path is not None and config is not None and config_dict_or_path != config:
         raise ValueError("zero.Init() was given two configs: pass config_dict_or_path alone, config is its older name")
-    given, asked = config if config_dict_or_path is None else config_dict_or_path, Offload()
-    tier = Tier.DEVICE
-    if given is not None:
-        known = load(given)
+    given = config if config_dict_or_path is None else config_dict_or_path
+    return None if given is None else load(given)
+
+
+def _max_live(config: Config | None) -> int:
+    """Elements that the config lets stand whole at once; "auto" is no bound yet."""
+    most = OPEN_AT_MOST_ELEMS if config is None else config.zero_optimization.max_live_parameters
+    return most if isinstance(most, int) else OPEN_AT_MOST_ELEMS
+
+
+def _offload(known: Config | None, remote_device: str | None, pin_memory: bool | None) -> Offload:
+    """Where the parts of a model that is built are to wait."""
+    asked, tier = Offload(), Tier.DEVICE
+    if known is not None:
         asked = Offload.from_config(known)
         number = known.zero_optimization.stage
         tier = Tier.of(asked.parameters) if stage_of(number).shards_parameters else Tier.DEVICE
