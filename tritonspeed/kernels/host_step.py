@@ -67,6 +67,11 @@ def host_step() -> str:
     return _choice.taken or "chunked"
 
 
+def will_compile(num_trainable_elems: int) -> bool:
+    """Whether ``choose_host_step`` finds, or takes, the compiled form; of a compiler it knows nothing yet."""
+    return host_step() == "compiled" if _choice.taken else num_trainable_elems >= COMPILED_FROM_ELEMS
+
+
 def use_host_step(form: str) -> None:
     """Decide by hand, for this process: before training, since the forms differ in last bits.
 

@@ -2,10 +2,10 @@
 
 glibc gives a block of its own to what is larger than a threshold, which it raises, up to 32 MiB, whenever such a block
 is freed. Below it, a gradient that stays is placed among temporaries that go, and what they leave is neither used nor
-returned. Building 240 M parameters unit by unit, masters and parameters on disk, ended with 1,335 MiB resident, of
-which 4 MiB were in use beyond the framework's 380, and the first backward took 910 MiB more for 461 of gradients. With a
-threshold that stays at 1 MiB, building ended with 381 MiB, and what is resident is what the equation says. It costs
-nothing that was measured: 1.12 s of both cores' time for a forward and backward of 4,096 tokens, at 1, 4 and 32 MiB.
+returned. Building 240 M parameters unit by unit, masters and parameters on disk, ended with 1,335 MiB resident, 4 of
+them in use beyond the framework's 380, and the first backward took 910 MiB more for 461 of gradients. With a threshold
+that stays at 1 MiB, building ended with 381 MiB, and what is resident is what the equation says. It costs nothing that
+was measured: 1.12 s of both cores' time for a forward and backward of 4,096 tokens, at 1, 4 and 32 MiB.
 """
 
 from __future__ import annotations
