@@ -96,7 +96,7 @@ class DiskFlat:
         for run in before:  # two writes of the same bytes under way end in any order; an error is behind us
             with suppress(OSError):
                 run.handle.wait()
-        futures = [self._folder.pool.start(digest_of, bytes_of(values))] if self.has_two_slots else []
+        futures = [self._folder.pool.start_beside(digest_of, bytes_of(values))] if self.has_two_slots else []
         writes = self._files[self._other].write(start, values)
         handle = Requested([*futures, *writes.futures])
         with self._lock:
