@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -36,11 +36,11 @@ def draw(report: Report, path: Path) -> None:
     heights = [3.5, 1.1 + 0.32 * len(settings)]
     with plt.rc_context({**STYLE, "ytick.labelsize": 9, "xtick.labelsize": 9}):
         figure = plt.figure(figsize=(11.6, sum(heights)), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=heights)
-        memory, links = above.subplots(1, 2, width_ratios=[1.12, 1])
+        rows: Any = figure.subfigures(2, 1, height_ratios=heights)
+        memory, links = rows[0].subplots(1, 2, width_ratios=[1.12, 1])
         _draw_memory(memory, report)
         _draw_links(links, report)
-        _draw_settings(below.subplots(), report, settings)
+        _draw_settings(rows[1].subplots(), report, settings)
         _title(figure, report)
         figure.savefig(path)
         plt.close(figure)
@@ -184,7 +184,7 @@ def _draw_settings(axes: Axes, report: Report, settings: list[Setting]) -> None:
     if not all(each.fits for each in settings):
         handles.append(Patch(facecolor="white", edgecolor=FAINT, hatch="////", label="does not fit"))
     axes.legend(
-        handles=handles, frameon=False, fontsize=8.5, loc="upper right", bbox_to_anchor=(1.0, -0.04),
+        handles=handles, frameon=False, fontsize=8.5, loc="upper right", bbox_to_anchor=(1.0, -0.07),
         ncols=len(handles), handlelength=1.2, borderaxespad=0.2,
     )  # fmt: skip
 

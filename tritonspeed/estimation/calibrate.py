@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def calibrate(path: str | os.PathLike[str] | None = None, seconds: float = 10.0,
 def _measure(folder: Path, seconds: float, device: torch.device) -> Machine:
     """What one rank can measure by itself."""
     how: dict[str, str] = {}
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
 
     def put(name: str, value: float, text: str) -> None:
         found[name], how[name] = value, text
@@ -92,7 +93,7 @@ def _measure(folder: Path, seconds: float, device: torch.device) -> Machine:
     _usual_network(put, name, host_speed, on_gpu)
     found["flops_per_s"] = flops
     found["num_devices"] = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    return Machine(name=name, shares_memory=not on_gpu, how=how, **found)  # pyrefly: ignore[bad-argument-type]
+    return Machine(name=name, shares_memory=not on_gpu, how=how, **found)
 
 
 Put = Callable[[str, float, str], None]
@@ -234,8 +235,9 @@ def _with_network(machine: Machine, mesh: Mesh, seconds: float) -> Machine:
     speed = float(comm.exchange(mesh, slowest).min())
     hosts = len(set(comm.gather_texts(mesh, os.uname().nodename, "calibrate")))
     link = "network_inside_bytes_per_s" if hosts == 1 else "network_between_bytes_per_s"
+    changes: dict[str, Any] = {link: speed}
     how = {**machine.how, link: f"{mesh.world} ranks on {hosts} hosts gathering 64 MiB over {mesh.backend}, best"}
-    return dataclasses.replace(machine, how=how, **{link: speed})
+    return dataclasses.replace(machine, how=how, **changes)
 
 
 def _host_bytes() -> int:

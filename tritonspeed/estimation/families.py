@@ -120,11 +120,13 @@ def _nearest(config: Mapping[str, Any]) -> str:
 
 
 def _linear(name: str, out: int, into: int, bias: bool = False) -> Tensors:
-    return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
+    found: Tensors = {f"{name}.weight": (out, into)}
+    return found | {f"{name}.bias": (out,)} if bias else found
 
 
 def _norm(name: str, width: int, bias: bool = False) -> Tensors:
-    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if bias else {})
+    found: Tensors = {f"{name}.weight": (width,)}
+    return found | {f"{name}.bias": (width,)} if bias else found
 
 
 def _blocks(prefix: str, sizes: Sizes, block: Callable[[int], Tensors]) -> Tensors:
@@ -144,7 +146,7 @@ def _llama(s: Sizes, config: Mapping[str, Any]) -> Tensors:
             names = {"gate_proj": (s.ffn, s.hidden), "up_proj": (s.ffn, s.hidden), "down_proj": (s.hidden, s.ffn)}
             bias = bool(config.get("mlp_bias"))
             return {k: v for name, shape in names.items() for k, v in _linear(f"mlp.{name}", *shape, bias).items()}
-        found = {
+        found: Tensors = {
             "mlp.gate.weight": (s.experts, s.hidden),
             "mlp.experts.gate_up_proj": (s.experts, 2 * s.expert_ffn, s.hidden),
             "mlp.experts.down_proj": (s.experts, s.hidden, s.expert_ffn),

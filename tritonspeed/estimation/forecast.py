@@ -17,7 +17,7 @@ from tritonspeed.estimation.links import StepTime, time_of
 from tritonspeed.estimation.machine import Machine
 from tritonspeed.estimation.shapes import ModelShape
 from tritonspeed.estimation.traffic import Workload, total_bytes
-from tritonspeed.offload import Offload
+from tritonspeed.offload import Offload, Tier
 from tritonspeed.precision import Policy
 from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.order import Order
@@ -216,8 +216,8 @@ def workload(shape: ModelShape, config: Config, offload: Offload, split: Split) 
         wire_bytes=None if options.wire is None else options.wire.itemsize,
         accumulate_bytes=policy.accumulate.itemsize,
         moment_bytes=moment_bytes(config),
-        optimizer=offload.optimizer,
-        parameters=offload.parameters,
+        optimizer=Tier.of(offload.optimizer),
+        parameters=Tier.of(offload.parameters),
         ratio=offload.ratio,
         cached=min(1.0, offload.max_in_cpu / shard) if shard else 0.0,
         gathers=gathers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tritonspeed.tuning.timing import PEAKS
 
@@ -119,7 +120,7 @@ _NODES = {
 GPUS = tuple(_NODES)
 
 
-def machine_of(gpu: str = "H100", **changes: object) -> Machine:
+def machine_of(gpu: str = "H100", **changes: Any) -> Machine:
     """A usual node of this GPU.
 
     Args:
