@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed.comm import Mesh
+from tritonspeed.estimation.paper_ledger import PaperLedger as PaperLedger
 from tritonspeed.kernels.dynamic_code import MIN_ELEMS, num_blocks
 from tritonspeed.offload import Tier
 from tritonspeed.offload.page_file import PageFile, Piece, header_bytes
@@ -27,7 +28,7 @@ from tritonspeed.zero.ledger import Account, Ledger
 from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.plan import BucketPlan, UnitPlan
 from tritonspeed.zero.stages import Stage
-from tritonspeed.zero.tile import MASTER, PARAMETERS, is_staged, tile_ends
+from tritonspeed.zero.tile import GRADIENT, MASTER, PARAMETERS, is_staged, tile_ends
 
 if TYPE_CHECKING:
     from tritonspeed.zero.bucket import Bucket
@@ -55,39 +56,6 @@ class States:
         """Of what goes with moments in 8 bits, and stays in memory."""
         blocks = num_blocks(0, num_elems) if self.kind == "8bit" and num_elems >= MIN_ELEMS else 0
         return self.num_moments * torch.float32.itemsize * blocks
-
-
-class PaperLedger(Ledger):
-    """A ledger that also knows the highest sum over device and host, which on a CPU are one memory, in each phase."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.host = _Watched(self._watch)
-        self.phase = "rest"
-        self.together: dict[str, int] = {}
-
-    def begin(self, phase: str) -> None:
-        """From now on it is ``phase``."""
-        self.phase = phase
-        self._watch()
-
-    def add(self, category: str, num_bytes: int) -> None:
-        super().add(category, num_bytes)
-        self._watch()
-
-    def _watch(self) -> None:
-        total = self.total_bytes + self.host.total_bytes
-        self.together[self.phase] = max(total, self.together.get(self.phase, 0))
-
-
-class _Watched(Account):
-    def __init__(self, watch: Callable[[], None]) -> None:
-        super().__init__()
-        self._watch_all = watch
-
-    def add(self, category: str, num_bytes: int) -> None:
-        super().add(category, num_bytes)
-        self._watch_all()
 
 
 class PaperFlat(NamedTuple):
@@ -174,6 +142,8 @@ class PaperBucket:
         self.has_shard = False
         self._kind, self._outbox_bytes, self._grad_bytes = "communication", 0, 0
         self._staged: Tensor | None = None
+        self._grad: Tensor | None = None  # where it crosses to the host
+        self._landing: Tensor | None = None
 
     @property
     def rounds_master(self) -> bool:
@@ -277,9 +247,9 @@ class PaperBucket:
         stands_in = self.types.accumulate if accumulating else self.types.compute
         wire = self.types.reduce or stands_in
         self.outbox, world = None, self.layout.world
-        if world == 1 and wire == stands_in and not self._crosses:
+        if world == 1 and wire == stands_in:
             self.ledger.add(self._kind, -self._outbox_bytes)
-            self._grow_grad(stands_in)
+            self._take(stands_in)
             return lambda: None
         extra = self.layout.numel * wire.itemsize if wire != stands_in else 0
         received = (world - 1) * self.layout.slice_numel * wire.itemsize if world > 1 else 0
@@ -289,11 +259,14 @@ class PaperBucket:
             held.append(("communication", self.owned * self.types.accumulate.itemsize))
             self.ledger.add(*held[-1])
         else:
-            self._grow_grad(self.types.accumulate)
+            self._take(self.types.accumulate)
 
         def finish() -> None:
-            if self._crosses:
-                self._grow_grad(wire if world == 1 or self.homes.mesh.backend == "nccl" else self.types.accumulate)
+            if self._crosses and (world == 1 or self.homes.mesh.backend == "nccl"):
+                self._take(wire)
+            elif self._crosses:
+                self.ledger.add("communication", -held.pop()[1])
+                self._take(self.types.accumulate)
             for kind, num_bytes in held:
                 self.ledger.add(kind, -num_bytes)
 
@@ -309,14 +282,29 @@ class PaperBucket:
         on_device = self.tier is Tier.DEVICE or not (self._crosses or self.homes.shares_memory)
         return self.ledger if on_device else self.ledger.host
 
-    def _grow_grad(self, dtype: torch.dtype) -> None:
+    def _take(self, dtype: torch.dtype) -> None:
         """A sum comes: the first stands in its own dtype, what is added to it in the accumulate dtype."""
-        wanted = self.owned * (self.types.accumulate if self._grad_bytes else dtype).itemsize
-        arriving = self.owned * dtype.itemsize if self._grad_bytes and self._crosses else 0
-        self._account.add("gradients", arriving)
-        self._account.add("gradients", wanted - self._grad_bytes)
-        self._account.add("gradients", -arriving)
-        self._grad_bytes = wanted
+        if self._crosses:
+            self.land()
+            self._landing = self.homes.lend("gradients", self.owned, dtype)
+            self.homes.leave(torch.empty(self.owned, dtype=dtype, device="meta"), self._landing)
+            return
+        before = self._grad_bytes
+        self._grad_bytes = self.owned * (self.types.accumulate if before else dtype).itemsize
+        if self._grad_bytes != before:
+            self._account.add("gradients", self._grad_bytes)
+            self._account.add("gradients", -before)
+
+    def land(self) -> None:
+        """The sum on its way has come."""
+        place, self._landing = self._landing, None
+        if self._grad is None or place is None:
+            self._grad = place if self._grad is None else self._grad
+            return
+        if self._grad.dtype != self.types.accumulate:
+            narrow, self._grad = self._grad, self.homes.lend("gradients", self.owned, self.types.accumulate, False)
+            self.homes.take_back("gradients", narrow)
+        self.homes.take_back("gradients", place)
 
     def settle(self) -> None:
         """It has been updated, if it was about to be."""
@@ -326,9 +314,13 @@ class PaperBucket:
 
     def drop_grad(self) -> None:
         """The gradient goes, unless the update that runs late still reads it."""
-        if not self.is_updating:
-            self._account.add("gradients", -self._grad_bytes)
-            self.outbox, self._grad_bytes = None, 0
+        if self.is_updating:
+            return
+        self.land()
+        if self._grad is not None:
+            self.homes.take_back("gradients", self._grad)
+        self._account.add("gradients", -self._grad_bytes)
+        self.outbox, self._grad, self._grad_bytes = None, None, 0
 
     # the step
 
@@ -357,6 +349,11 @@ class PaperBucket:
         is_master = self.types.compute == self.types.master and self.rounds_master
         return not is_master and on_host and not self.homes.shares_memory
 
+    @property
+    def stages_gradient(self) -> bool:
+        """Whether the gradient comes from the device tile by tile."""
+        return not self.homes.shares_memory and self.owned != self.layout.slice_numel
+
 
 @dataclass
 class PaperTile:
@@ -370,10 +367,13 @@ class PaperTile:
         self.needs_buffer = self.bucket.is_staged
 
     def fetch(self, buffer: Buffer | None) -> None:
+        """Make what the tile needs of a buffer."""
         if buffer is None:
             return
         for kind, dtype in self.kinds.items():
             buffer.of(kind, dtype, self.numel)
+        if self.bucket.stages_gradient:
+            buffer.of(GRADIENT, self.bucket.types.accumulate, self.numel)
         if self.bucket.stages_copy:
             buffer.of(PARAMETERS, self.bucket.types.compute, self.numel)
 

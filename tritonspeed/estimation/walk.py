@@ -140,6 +140,9 @@ class Walk:
 
     def _step(self) -> None:
         self.ledger.begin("step")
+        self.homes.let_go()
+        for bucket in self.buckets:
+            bucket.land()
         for num_bytes in self.rounds:
             self.ledger.add("communication", num_bytes)
             self.ledger.add("communication", -num_bytes)

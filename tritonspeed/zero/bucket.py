@@ -28,6 +28,7 @@ from torch.nn import Parameter
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Pending
 from tritonspeed.offload import Tier
+from tritonspeed.offload.crossing import Crossing
 from tritonspeed.offload.disk import DiskFlat
 from tritonspeed.offload.tiers import Handle
 from tritonspeed.zero.gradient import Gradient
@@ -86,11 +87,13 @@ class Bucket(Gradient):
         self.master_flat: DiskFlat | None = None
         self.shard: Tensor | None = None
         self.shard_flat: DiskFlat | None = None
+        self.shard_crosses = False  # ``shard`` stands beside a GPU
         self.stepper: Any = None  # the ZeroOptimizer that updates it
         self.is_updating = False  # the stepper has not come to it yet: ``settle`` waits
         self.refuse: Callable[[], None] | None = None  # while its states are away: raises, and says who has them
         self._pending: Pending | None = None
         self._arriving: tuple[Handle, Tensor] | None = None  # the shard, on its way from the disk
+        self._crossing: Crossing | None = None  # the shard, last time it went from the host to the device
         self._take_values()
 
     @property
@@ -166,6 +169,7 @@ class Bucket(Gradient):
         elif self.shard_tier is Tier.HOST:
             assert self.homes is not None, "another tier than the device has homes"
             self.shard = self.homes.empty(own.numel(), own.dtype, crosses=True).copy_(own)
+            self.shard_crosses = not self.homes.shares_memory
             self.ledger.host.add("parameters", self.shard.nbytes)
         else:
             self.shard = own.clone()
@@ -198,8 +202,7 @@ class Bucket(Gradient):
         if self.shard_flat is not None:
             self._arriving = self._fetch_shard()  # a gather under way holds the ranks' order: it starts in ``wait``
         else:
-            self._fill_own()
-            self._pending = comm.all_gather_(self.mesh, self.whole, self.name)
+            self._pending = self._gather()
         self.state = ShardState.GATHERING
 
     def _has_room(self) -> bool:
@@ -238,20 +241,36 @@ class Bucket(Gradient):
                 " and the value is lost: write inside `with ts.zero.GatheredParameters([parameter], modifier_rank=0):`"
             )
 
-    def _fill_own(self) -> None:
-        """Put this rank's slice into ``whole``, which has memory."""
+    def _gather(self) -> Pending:
+        """Put this rank's slice into ``whole``, which has memory, and start gathering the others'."""
+        crossing = self._fill_own()
+        if crossing is None:
+            return comm.all_gather_(self.mesh, self.whole, self.name)
+        self._crossing = crossing
+        with crossing.following():
+            pending = comm.all_gather_(self.mesh, self.whole, self.name)
+        return pending
+
+    def _fill_own(self) -> Crossing | None:
+        """Start putting this rank's slice into ``whole``; None where the current stream does it, as its next work."""
         place = self.whole[slice(*self.own)]
+        homes = self.homes
         if self.shard_flat is not None:
             handle, staging = self._arriving or self._fetch_shard()
             self._arriving = None
             handle.wait()
-            place.copy_(staging)
-            assert self.homes is not None, "another tier than the device has homes"
-            self.homes.unstage(staging)
-            return
+            assert homes is not None, "another tier than the device has homes"
+            crossing = None if homes.shares_memory else homes.crossings.up(staging, place)
+            if crossing is None:
+                place.copy_(staging)
+            homes.unstage(staging, after=crossing)
+            return crossing
         source = self.shard if self.shard is not None else self.master
         assert source is not None, "a bucket that frees its parameters has something to gather them from"
-        place.copy_(source, non_blocking=True)
+        if self.shard_crosses and homes is not None:
+            return homes.crossings.up(source, place)
+        place.copy_(source)
+        return None
 
     def keep_rounded(self) -> None:
         """Hold the bf16 copy of the own slice, because it is not what rounding the master again would give.
@@ -267,11 +286,12 @@ class Bucket(Gradient):
         """Until the gather has landed; then the parameters are views of ``whole``."""
         if self.state is ShardState.GATHERING:
             if self._arriving is not None:
-                self._fill_own()
-                self._pending = comm.all_gather_(self.mesh, self.whole, self.name)
+                self._pending = self._gather()
             assert self._pending is not None, "a gathering bucket has a gather under way"
             self._pending.wait()
             self._pending = None
+            if self._crossing is not None:
+                self._crossing.join()
             self._show(self._views)
             self.state = ShardState.WHOLE
 
@@ -289,8 +309,9 @@ class Bucket(Gradient):
         """After a step: if somebody holds ``whole`` although the stage frees it, gather the updated values again."""
         if self.frees and self.state is not ShardState.SHARDED and self.trainable:
             self.wait()
-            self._fill_own()
-            comm.all_gather_(self.mesh, self.whole, self.name).wait()
+            self._gather().wait()
+            if self._crossing is not None:
+                self._crossing.join()
 
     def take_back(self, indices: Sequence[int]) -> None:
         """Make parameters changed by hand in ``whole``, equal on every rank, the truth: cut masters and shards anew.
@@ -336,6 +357,8 @@ class Bucket(Gradient):
         if self.shard_flat is not None:
             self.shard_flat.edit(at, values.to("cpu", self.types.compute))
         elif self.shard is not None:
+            if self._crossing is not None:
+                self._crossing.wait()  # a GPU may be reading it still
             self.shard[at : at + values.numel()].copy_(values)
 
     def disown(self, parameters: Iterable[Parameter]) -> None:

@@ -39,10 +39,10 @@ class Chunk:
     master: Parameter
 
     def gradient(self) -> Tensor:
-        """The summed gradient of these elements, not yet unscaled."""
+        """The summed gradient of these elements, not yet unscaled, where it is between steps."""
         grad = self.bucket.grad
         assert grad is not None, "a step follows a reduction"
-        return grad[self.start - self.bucket.owned[0] : self.end - self.bucket.owned[0]].to(self.master.device)
+        return grad[self.start - self.bucket.owned[0] : self.end - self.bucket.owned[0]]
 
     def low_precision(self) -> Tensor | None:
         """Where the compute-dtype copy is written; None where the master is the parameter, or stage 3 casts later."""

@@ -3,7 +3,8 @@
     outbox → reduce-scatter → grad       what is added to an earlier micro-step's is added in the accumulate dtype
     outbox = grad                        where one rank is alone: there is nothing to add
 
-Where the masters are in the memory of a GPU's host, the sum crosses to it in the dtype in which it was reduced.
+Where the masters are in the memory of a GPU's host, the sum crosses to it in the dtype in which it was reduced, under
+the backward of the next unit. Its squares are added up on the device before: the norm reads no host memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Pending
+from tritonspeed.kernels import sum_of_squares
 from tritonspeed.offload import Tier
-from tritonspeed.offload.crossing import cross
 from tritonspeed.offload.tiers import Handle
 from tritonspeed.zero.layout import Layout
 from tritonspeed.zero.ledger import Account, Ledger
@@ -47,7 +48,8 @@ class Gradient:
         self.outbox: Tensor | None = None
         self.filled: set[int] = set()  # parameters whose gradient stands in the outbox
         self._outbox_kind = "communication"
-        self._landing: list[tuple[Handle, Tensor]] = []  # sums on their way to the host
+        self._landing: tuple[Handle, Tensor] | None = None  # a sum on its way to the host, and its place there
+        self._squares: Tensor | None = None  # Σg², where it was worked out on the device
 
     def settle(self, committed: bool = False) -> None:
         """See ``Bucket``."""
@@ -102,8 +104,9 @@ class Gradient:
         self._zero_gaps(self.outbox)
         outbox, category, self.outbox, self.filled = self.outbox, self._outbox_kind, None, set()
         wire_type = self.types.reduce or outbox.dtype
-        if self.mesh.world == 1 and wire_type == outbox.dtype and not self._crosses:
-            self._keep(outbox, category)
+        if self.mesh.world == 1 and wire_type == outbox.dtype:
+            self.ledger.add(category, -outbox.nbytes)
+            self._keep(outbox)
             return lambda: None
         wire = outbox if wire_type == outbox.dtype else outbox.to(wire_type)
         held = [(category, outbox.nbytes)] + ([("communication", wire.nbytes)] if wire is not outbox else [])
@@ -119,17 +122,21 @@ class Gradient:
 
         def finish() -> None:
             pending.wait()
-            if self._crosses:
-                self._to_host(target, wire_type)
+            if self._crosses and (self.mesh.world == 1 or self.mesh.backend == "nccl"):  # the sum has the wire's dtype
+                self._to_host(target.to(wire_type))
+            elif self._crosses:
+                self.ledger.add("communication", -held.pop()[1])  # it leaves as it is, and counts until it is let go of
+                self._to_host(target)
             for kind, num_bytes in held:
                 self.ledger.add(kind, -num_bytes)
 
         return finish
 
-    def _keep(self, outbox: Tensor, category: str) -> None:
+    def _keep(self, outbox: Tensor) -> None:
         """One rank: the outbox is the sum, in its own dtype until something is added to it."""
-        self.ledger.add(category, -outbox.nbytes)
-        if self.grad is None:
+        if self._crosses:
+            self._to_host(outbox)
+        elif self.grad is None:
             self.grad = outbox
             self._account.add("gradients", outbox.nbytes)
         else:
@@ -138,11 +145,27 @@ class Gradient:
 
     def _add(self, more: Tensor) -> None:
         assert self.grad is not None, "it is added to an earlier one"
+        self._squares = None
         if self.grad.dtype != self.types.accumulate:
-            wide = self.grad.to(self.types.accumulate)
-            self._account.add("gradients", wide.nbytes - self.grad.nbytes)
-            self.grad = wide
+            narrow, self.grad = self.grad, self._widened(self.grad)
+            self._free_sum(narrow)
         self.grad.add_(more)
+
+    def _widened(self, narrow: Tensor) -> Tensor:
+        wide = self.types.accumulate
+        if self._crosses:
+            assert self.homes is not None, "what crosses has a home"
+            return self.homes.lend("gradients", narrow.numel(), wide, crosses=False).copy_(narrow)
+        self._account.add("gradients", narrow.numel() * wide.itemsize)
+        return narrow.to(wide)
+
+    def _free_sum(self, total: Tensor) -> None:
+        """``total`` was a ``grad``, or was added to it."""
+        if self._crosses:
+            assert self.homes is not None, "what crosses has a home"
+            self.homes.take_back("gradients", total)
+        else:
+            self._account.add("gradients", -total.nbytes)
 
     def _target(self) -> Tensor:
         """Where the sum over the ranks goes: this rank's slice of ``grad``, or device memory that it crosses from."""
@@ -166,25 +189,25 @@ class Gradient:
         elsewhere = self.homes is not None and not self.homes.shares_memory and self.tier is not Tier.DEVICE
         return elsewhere and self.owned == self.own
 
-    def _to_host(self, total: Tensor, wire_type: torch.dtype) -> None:
-        """Start ``total`` on its way: in the wire's dtype where the ranks' sum is one, else as it is."""
+    def _to_host(self, total: Tensor) -> None:
+        """Start ``total``, a sum over the ranks, on its way."""
         assert self.homes is not None, "what crosses has a home"
-        self._land()
-        is_narrow = self.mesh.world == 1 or self.mesh.backend == "nccl"
-        source = total.to(wire_type) if is_narrow else total
-        place = self.homes.empty(source.numel(), source.dtype, crosses=True)
-        self.ledger.host.add("gradients", place.nbytes)
-        self._landing.append((cross(source, place), place))
+        self.land()
+        self._squares = sum_of_squares(total) if self.grad is None else None
+        place = self.homes.lend("gradients", total.numel(), total.dtype)
+        self._landing = (self.homes.leave(total, place), place)
 
-    def _land(self) -> None:
-        for handle, place in self._landing:
-            handle.wait()
-            if self.grad is None:
-                self.grad = place
-            else:
-                self._add(place)
-                self.ledger.host.add("gradients", -place.nbytes)
-        self._landing.clear()
+    def land(self) -> None:
+        """Until the sum is where it is added to an earlier one, or used; nothing where none is under way."""
+        if self._landing is None:
+            return
+        (handle, place), self._landing = self._landing, None
+        handle.wait()
+        if self.grad is None:
+            self.grad = place
+        else:
+            self._add(place)
+            self._free_sum(place)
 
     # the step
 
@@ -194,11 +217,18 @@ class Gradient:
             return Pending(self.mesh, [])
         return comm.all_gather_(self.mesh, self.grad, f"{self.name}.grad")
 
+    def squares(self) -> Tensor | None:
+        """Σg² of this rank's slice, () fp64 where the sum was made; None where there is none yet."""
+        if self._squares is not None and not self.is_updating:
+            return self._squares
+        grad = self.own_grad()
+        return None if grad is None else sum_of_squares(grad)
+
     def own_grad(self) -> Tensor | None:
-        """This rank's slice of the summed gradient, (P/N,), or None where there is none yet."""
+        """This rank's slice of the summed gradient, (P/N,), to read; None where there is none yet."""
         if self.is_updating:
             return None
-        self._land()
+        self.land()
         if self.grad is None or not self.has_grad:
             return None
         return self.grad if self.owned == self.own else self.grad[slice(*self.own)]
@@ -207,10 +237,10 @@ class Gradient:
         """Forget what was accumulated, and free it: forward needs the room for activations."""
         if self.is_updating:
             return  # the stepper drops it
-        self._land()
+        self.land()
         if self.grad is not None:
-            self._account.add("gradients", -self.grad.nbytes)
-        self.grad, self.has_grad = None, False
+            self._free_sum(self.grad)
+        self.grad, self._squares, self.has_grad = None, None, False
         self.filled.clear()
         if self.outbox is not None:
             self.ledger.add(self._outbox_kind, -self.outbox.nbytes)

@@ -5,11 +5,13 @@
     gradients            beside their masters, in memory: on disk they would be written and read once a step for nothing
 
 Where a rank computes on the CPU, device and host are one memory (``shares_memory``): offloading to the host then moves
-nothing, and a shard that the master could be rounded to is not kept.
+nothing, and a shard that the master could be rounded to is not kept. Beside a GPU, what crosses is page-locked once and
+lent from a pool: the buffers of all gradients stay, and the ledger's host account has them between steps too.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,15 +20,19 @@ from torch import Tensor
 
 from tritonspeed.comm import Mesh
 from tritonspeed.offload import Offload, Tier
+from tritonspeed.offload.crossing import Crossing, Crossings
 from tritonspeed.offload.disk import DiskFlat, DiskFolder
 from tritonspeed.offload.memory import host_empty
 from tritonspeed.offload.page_file import Piece as FilePiece
+from tritonspeed.offload.pool import HostPool
+from tritonspeed.offload.tiers import Handle
 from tritonspeed.zero.layout import Layout
 from tritonspeed.zero.ledger import Ledger
 from tritonspeed.zero.plan import BucketPlan
 from tritonspeed.zero.stages import Stage
 
 PAGE_ELEMS = 4096  # whole pages of every dtype, one byte an element too
+LEAVING = 1  # sums under way to the host that keep their device memory: each has the next unit's backward to run under
 
 
 class Homes:
@@ -48,7 +54,11 @@ class Homes:
         self._folders: dict[str, DiskFolder] = {}
         self._tiers = _choose(offload, stage, mesh.world, plans)
         self._staged_bytes = 0
-        self._traffic = {"disk read": (0, 0.0), "disk write": (0, 0.0)}
+        self.crossings = Crossings()
+        self._pool = HostPool(ledger.host.add)
+        self._leaving: deque[tuple[Crossing, Tensor]] = deque()
+        self._updates = (0, 0.0)  # (bytes, seconds) of the optimizer in host memory
+        self._traffic: dict[str, tuple[int, float]] = {}
 
     def tiers(self, name: str) -> tuple[Tier, Tier]:
         """(the tier of the master and the moments, the tier of the parameter shard) of a bucket."""
@@ -113,29 +123,69 @@ class Homes:
 
     def stage(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Host memory that a parameter shard is read into; given back by ``unstage``."""
-        staging = self.empty(numel, dtype, crosses=True)
-        self._count_staged(staging.nbytes)
+        staging = self.lend("communication", numel, dtype)
+        self._staged_bytes += staging.nbytes
         return staging
 
-    def unstage(self, staging: Tensor) -> None:
-        """The caller lets go of what ``stage`` gave."""
-        self._count_staged(-staging.nbytes)
+    def unstage(self, staging: Tensor, after: Handle | None = None) -> None:
+        """The caller lets go of what ``stage`` gave, as soon as ``after`` has ended."""
+        self._staged_bytes -= staging.nbytes
+        self.take_back("communication", staging, after)
 
-    def _count_staged(self, num_bytes: int) -> None:
-        self._staged_bytes += num_bytes
-        self.ledger.host.add("communication", num_bytes)
+    def lend(self, purpose: str, numel: int, dtype: torch.dtype, crosses: bool = True) -> Tensor:
+        """(numel,) in host memory; given back by ``take_back``. Beside a GPU it is page-locked if it ``crosses``, and
+        kept for the next time.
+
+        Args:
+            purpose: the ledger's category.
+        """
+        if not self.shares_memory:
+            return self._pool.lend(purpose, numel, dtype, lambda: self.empty(numel, dtype, crosses))
+        fresh = self.empty(numel, dtype)
+        self.ledger.host.add(purpose, fresh.nbytes)
+        return fresh
+
+    def take_back(self, purpose: str, buffer: Tensor, after: Handle | None = None) -> None:
+        """What ``lend`` gave is free again, as soon as ``after`` has ended."""
+        if self.shares_memory:
+            self.ledger.host.add(purpose, -buffer.nbytes)
+        else:
+            self._pool.take_back(purpose, buffer, after)
+
+    def leave(self, source: Tensor, place: Tensor) -> Handle:
+        """Start copying a sum from the device to ``place`` on the host; the device's memory is let go of when
+        ``LEAVING`` more have started, without anyone waiting but the stream that would use it next."""
+        self.ledger.add("communication", source.nbytes)
+        crossing = self.crossings.down(source, place)
+        self._leaving.append((crossing, source))
+        self.let_go(LEAVING)
+        return crossing
+
+    def let_go(self, num_kept: int = 0) -> None:
+        """Let go of the device's memory of all but the last ``num_kept`` sums on their way."""
+        while len(self._leaving) > num_kept:
+            crossing, source = self._leaving.popleft()
+            crossing.join()
+            self.ledger.add("communication", -source.nbytes)
+
+    def count_update(self, num_bytes: int, seconds: float) -> None:
+        """The optimizer has worked on so many bytes of host memory."""
+        self._updates = (self._updates[0] + num_bytes, self._updates[1] + seconds)
 
     def traffic(self) -> dict[str, tuple[int, float]]:
-        """(bytes, seconds busy) on each link since the last call."""
-        if not self._folders:
-            return {}
+        """(bytes, seconds busy) on each link in use since the last call."""
         all_traffic = [folder.traffic for folder in self.folders]
         now = {
             "disk read": (sum(t.read_bytes for t in all_traffic), sum(t.read_seconds for t in all_traffic)),
             "disk write": (sum(t.written_bytes for t in all_traffic), sum(t.write_seconds for t in all_traffic)),
+            "host memory": self._updates,
+            **self.crossings.traffic(),
         }
         before, self._traffic = self._traffic, now
-        return {link: (n - before[link][0], t - before[link][1]) for link, (n, t) in now.items()}
+        since = {
+            link: (n - before.get(link, (0, 0.0))[0], t - before.get(link, (0, 0.0))[1]) for link, (n, t) in now.items()
+        }
+        return {link: moved for link, moved in since.items() if now[link][0]}
 
     def commit(self, step: int, facts: dict[str, Any]) -> None:
         """Make what was stored on disk since the last time durable, and the truth."""
@@ -143,7 +193,9 @@ class Homes:
             folder.commit(step, facts)
 
     def close(self) -> None:
-        """Let go of the folders; what is in them stays."""
+        """Let go of the folders, what is in them stays, and of memory that nobody has."""
+        self.let_go()
+        self._pool.clear()
         for folder in self.folders:
             folder.close()
         self._folders.clear()

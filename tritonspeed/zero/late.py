@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tritonspeed.offload.crossing import aside
 from tritonspeed.zero.bucket import Bucket
 
 
@@ -38,10 +39,11 @@ class LateUpdates:
         self._buckets, self._done = buckets, {id(bucket): threading.Event() for bucket in buckets}
         for bucket in buckets:
             bucket.is_updating = True
+        beside = aside(buckets[0].mesh.device)
 
         def work() -> None:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), beside:
                     for bucket in run():
                         self._done[id(bucket)].set()
                     end()

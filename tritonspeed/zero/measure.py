@@ -9,7 +9,6 @@ import torch
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
-from tritonspeed.kernels import sum_of_squares
 from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.reduce import Reducer
 
@@ -38,7 +37,7 @@ def measure(
 def _gather_facts(buckets: Sequence[Bucket], mesh: Mesh, reducer: Reducer[Bucket]) -> list[list[float]]:
     """One row per rank: Σg² of its slice of every bucket, then how many of its buckets still hold gradients."""
     zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    squares = [zero if (g := b.own_grad()) is None else sum_of_squares(g).to(mesh.device) for b in buckets]
+    squares = [zero if (s := b.squares()) is None else s.to(mesh.device) for b in buckets]
     unsent = torch.full((), float(reducer.num_unsent), dtype=torch.float64, device=mesh.device)
     table = comm.exchange(mesh, torch.stack([*squares, unsent]))
     values = comm.read_scalars(mesh, table.flatten())  # the step's one host sync

@@ -12,6 +12,7 @@ of an element needs more of its tensor than a slice has says so to ``whole.py``,
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -192,6 +193,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ValueError("a closure cannot be re-evaluated inside a sharded step: call backward, then step()")
         self.late.finish()
         norm, not_finite = measure(self.buckets, self.mesh, self.reducer, self.divisor)
+        if self.homes is not None:
+            self.homes.let_go()
         if not_finite is not None and self.check_overflow:
             event = self.scaler.update(True)
             self.last = StepFacts(norm, True, event.describe(not_finite), event)
@@ -207,6 +210,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _update(self, coefficient: float) -> None:
         self.num_steps += 1
+        for bucket in self.buckets:
+            bucket.land()
         for done in [b.complete_grad() for b in self.buckets if b.has_grad]:
             done.wait()
         late = [bucket for bucket in reversed(self.buckets) if self._may_be_late(bucket)]  # in forward order
@@ -250,7 +255,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         resident = [bucket for bucket in buckets if not is_staged(bucket, self.homes)]
         if not hasattr(self.inner, "step_flat_"):
-            self._step_generic([chunk for bucket in resident for chunk in self._chunks_of(bucket)], scale)
+            chunks = [chunk for bucket in resident if bucket.has_grad for chunk in self._chunks_of(bucket)]
+            self._step_generic([(chunk, chunk.gradient()) for chunk in chunks], scale)
         tiles = [tile for bucket in buckets for tile in self._tiles_in[id(bucket)]]
         for tile in tiles:
             tile.has_left = False
@@ -268,17 +274,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return not tiles or tiles[-1].has_left
 
     def _update_chunk(self, tile: Tile, chunk: Chunk, scale: Tensor, groups: list[dict[str, Any]] | None) -> None:
-        copy = tile.copy_of(chunk)
+        begun = time.perf_counter()
+        copy, gradient = tile.copy_of(chunk), tile.gradient_of(chunk)
         flat = getattr(self.inner, "step_flat_", None)
         fused = copy if copy is None or copy.dtype in COPY_DTYPES else None
         if flat is not None:
             place = self._place[id(chunk.bucket)]
             group = None if groups is None else groups[self._group_of[id(chunk)]]
-            flat(chunk.master, chunk.gradient(), scale, fused, first_element=chunk.start, place=place, group=group)
+            flat(chunk.master, gradient, scale, fused, first_element=chunk.start, place=place, group=group)
         elif is_staged(chunk.bucket, self.homes):
-            self._step_generic([chunk], {chunk.master.device: scale})
+            self._step_generic([(chunk, gradient)], {chunk.master.device: scale})
         if copy is not None and (flat is None or fused is None):
             copy.copy_(chunk.master)
+        if self.homes is not None and chunk.bucket.tier is not Tier.DEVICE:
+            states = [s for s in self.state.get(chunk.master, {}).values() if isinstance(s, Tensor)]
+            num_bytes = gradient.nbytes + (0 if copy is None else copy.nbytes)
+            num_bytes += sum(2 * t.nbytes for t in (chunk.master, *states))
+            self.homes.count_update(num_bytes, time.perf_counter() - begun)
 
     def _update_whole(self, scale: dict[torch.device, Tensor]) -> None:
         """LAMB and Muon, round by round; all of it is on the device."""
@@ -362,14 +374,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _chunks_of(self, bucket: Bucket) -> list[Chunk]:
         return self._chunks_in[id(bucket)]
 
-    def _step_generic(self, chunks: list[Chunk], scale: dict[torch.device, Tensor]) -> None:
+    def _step_generic(self, chunks: list[tuple[Chunk, Tensor]], scale: dict[torch.device, Tensor]) -> None:
         """Any other torch optimizer: hand it fp32 gradients, one call for all of these chunks."""
-        for chunk in chunks:
-            if chunk.bucket.has_grad:
-                grad = chunk.gradient().to(chunk.master.dtype, copy=True)
-                chunk.master.grad = grad.mul_(scale[chunk.master.device])
+        for chunk, gradient in chunks:
+            chunk.master.grad = gradient.to(chunk.master.dtype, copy=True).mul_(scale[chunk.master.device])
         self.inner.step()
-        for chunk in chunks:
+        for chunk, _ in chunks:
             chunk.master.grad = None
 
     def _count_state(self) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tritonspeed.kernels.dynamic_code import MIN_ELEMS
 from tritonspeed.offload import Tier
-from tritonspeed.offload.crossing import cross
 from tritonspeed.offload.disk import DiskFlat
 from tritonspeed.offload.options import MIN_TILE_ELEMS
 from tritonspeed.offload.stream import Buffer
@@ -30,7 +29,7 @@ from tritonspeed.zero.homes import PAGE_ELEMS, Homes
 from tritonspeed.zero.layout import round_up, runs
 
 States = MutableMapping[Tensor, dict[str, Any]]
-PARAMETERS, MASTER = "parameters", "master"
+PARAMETERS, MASTER, GRADIENT = "parameters", "master", "gradient"
 
 
 def tile_ends(runs: Sequence[tuple[int, int, int]], lo: int, hi: int, tile_elems: int) -> list[int]:
@@ -88,6 +87,7 @@ class Tile:
         self._buffer: Buffer | None = None
         self._handles: list[Handle] = []
         self._copies: list[tuple[Tensor, Tensor]] = []  # (host memory, where on the device it goes)
+        self._gradient: Tensor | None = None  # where it has to come from the device first
         self.needs_buffer = is_staged(bucket, homes)
         self.has_left = True
         self._has_gaps = sum(chunk.end - chunk.start for chunk in chunks) < hi - lo
@@ -95,12 +95,32 @@ class Tile:
     # in
 
     def fetch(self, buffer: Buffer | None) -> None:
-        """Start reading what is on disk."""
+        """Start reading what is on disk, and the gradient where it stands on the device still."""
+        self._read(buffer)
+        if buffer is not None and (grad := self._device_gradient()) is not None:
+            assert self.homes is not None, "what is not resident has a home"
+            self._gradient = self._place(GRADIENT, grad.dtype)
+            self._handles.append(self.homes.crossings.down(grad, self._gradient))
+
+    def _read(self, buffer: Buffer | None) -> None:
         self._buffer = buffer
         first = self.bucket.owned[0]
         for kind in self.kinds:
             place = self._place(kind, self.flats[kind].dtype)
             self._handles.append(self.flats[kind].fetch(self.lo - first, self.hi - first, place))
+
+    def _device_gradient(self) -> Tensor | None:
+        """What a rank has of every slice's sum (stage 0) cannot leave as it is reduced: it crosses tile by tile."""
+        bucket = self.bucket
+        if bucket.grad is None or self.homes is None or self.homes.shares_memory or bucket.owned == bucket.own:
+            return None
+        return bucket.grad[self.lo - bucket.owned[0] : self.hi - bucket.owned[0]]
+
+    def gradient_of(self, chunk: Chunk) -> Tensor:
+        """The summed gradient of a chunk, not yet unscaled, in the memory of its master."""
+        if self._gradient is None:
+            return chunk.gradient()
+        return self._gradient[chunk.start - self.lo : chunk.end - self.lo]
 
     def _place(self, kind: str, dtype: torch.dtype) -> Tensor:
         assert self._buffer is not None, "a tile that is not resident has a buffer"
@@ -145,7 +165,10 @@ class Tile:
 
     def store(self) -> list[Handle]:
         """Start bringing back what was changed; masters and states are placeholders again."""
-        handles: list[Handle] = [cross(staged, target) for staged, target in self._copies]
+        handles: list[Handle] = []
+        for staged, target in self._copies:
+            assert self.homes is not None, "what is staged has a home"
+            handles.append(self.homes.crossings.up(staged, target))
         self._copies.clear()
         bucket = self.bucket
         if bucket.shard_flat is not None:
@@ -187,7 +210,7 @@ class Tile:
 
     def leave(self) -> None:
         """It is back: the buffer is another's."""
-        self._buffer = None
+        self._buffer = self._gradient = None
         self.has_left = True
 
     def take_over(self, states: States) -> None:
@@ -216,7 +239,7 @@ class Tile:
             yield
             return
         assert self.homes is not None, "what is on disk has a home"
-        self.fetch(Buffer(self.hi - self.lo, self.homes.empty))
+        self._read(Buffer(self.hi - self.lo, self.homes.empty))
         self.wait()
         try:
             yield
