@@ -18,12 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import tritonspeed as ts
-from bench.systems.launch import MARK, busy_seconds
+from bench.offload.turns import in_turns
+from bench.systems.launch import MARK
 from tritonspeed import comm
 from tritonspeed.kernels import adamw_
 from tritonspeed.kernels.host_step import host_step
@@ -218,42 +216,6 @@ class SharedMaps:
                 os.fsync(file.fileno())
 
 
-@contextmanager
-def first_in_line(asked: bool) -> Iterator[None]:
-    """This process's threads before everybody else's on the cores, for the turn alone (wants root).
-
-    Neighbours then take none of its cores; the disk and the memory's bandwidth are still shared with them.
-    """
-    if asked:
-        _schedule(os.SCHED_RR, 1)
-    try:
-        yield
-    finally:
-        if asked:
-            _schedule(os.SCHED_OTHER, 0)
-
-
-def _schedule(policy: int, priority: int) -> None:
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # it has ended meanwhile
-            os.sched_setscheduler(int(task.name), policy, os.sched_param(priority))
-
-
-def timed(work: Callable[[], None], realtime: bool) -> dict[str, float]:
-    """Seconds, own core-seconds, and cores that others took."""
-    with first_in_line(realtime):
-        busy, used, start = busy_seconds(), _own_seconds(), time.perf_counter()
-        work()
-        seconds, own = time.perf_counter() - start, _own_seconds() - used
-    others = max(0.0, (busy_seconds() - busy - own) / seconds)
-    return {"seconds": seconds, "own_core_seconds": own, "others_cores": others}
-
-
-def _own_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def measure(setting: Setting, path: Path, rounds: int, only: Sequence[str] | None, realtime: bool) -> dict[str, Any]:
     """Every turn's figures by variant."""
     folder = path / "out-of-core"
@@ -288,14 +250,8 @@ def measure(setting: Setting, path: Path, rounds: int, only: Sequence[str] | Non
     if only is None or "mmap" in only:
         maps = SharedMaps(setting, folder / "maps", gradient)
         turns["mmap"] = (maps.prepare, maps.step)
-    names = [name for name in turns if only is None or name in only or name == "step"]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            prepare, run = turns[name]
-            prepare()
-            found[name].append(timed(run, realtime))
-    return {"setting": vars(setting), "host_step": host_step(), "turns": found}
+    asked = {name: turn for name, turn in turns.items() if only is None or name in only}
+    return {"setting": vars(setting), "host_step": host_step(), "turns": in_turns(asked, rounds, realtime)}
 
 
 def main() -> None:
@@ -305,9 +261,7 @@ def main() -> None:
     p.add_argument("--only", nargs="*", help="variants; default: all")
     p.add_argument("--realtime", action="store_true", help="turns run before everybody else's work (root)")
     for name, default in vars(Setting()).items():
-        p.add_argument(
-            f"--{name.replace('_', '-')}", type=float if name in ("tile_mi", "block_mi") else int, default=default
-        )
+        p.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = p.parse_args()
     setting = Setting(**{name: getattr(arguments, name) for name in vars(Setting())})
     comm.init_distributed()
