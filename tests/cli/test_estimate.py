@@ -45,7 +45,7 @@ def test_the_tables(estimate):
         "network, between nodes",
     ):
         assert name in out, name
-    assert out.count(" binds") == 2  # in its row, and in the sentence below
+    assert out.count(" binds") == 3  # in its row, in the sentence below, in the ranking's head
     assert "offload is hidden from" in out
     assert '"zero_optimization": {' in out
 
@@ -64,7 +64,7 @@ def test_json_has_what_the_tables_have(estimate):
 
 
 def test_what_fits_nowhere_fails(estimate):
-    status, out = estimate("--model", "params=1e12", "--gpus", "1", "--gpu", "4090", "--host-memory", "64")
+    status, out = estimate("--model", "params=30b", "--gpus", "1", "--gpu", "4090", "--host-memory", "16")
     assert status == 1
     assert "0 of 9 fit" in out
     assert "nothing fits" in out
@@ -126,7 +126,7 @@ def test_the_picture(estimate, tmp_path, options):
     with Image.open(path) as picture:
         assert picture.width > 1000
         assert picture.height > 700
-        assert len(set(picture.convert("RGB").resize((200, 150)).getdata())) > 50  # something is drawn
+        assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 50  # something is drawn
 
 
 def test_help_imports_no_torch():

@@ -180,6 +180,7 @@ def test_achieved_over_bound():
     assert rows["disk_read"].bound_bytes_per_s == 24e9  # half of the node's
     assert rows["disk_read"].share == pytest.approx(1.0)
     assert rows["host_memory"].share == pytest.approx(1.0)
+    assert str(rows["disk_read"]) == "disk read: 22.35 GiB in 1.00 s, 24.00 of 24.00 GB/s (100%)"
     with pytest.raises(ValueError, match="carrier_pigeon"):
         achieved({"carrier_pigeon": (1, 1.0)}, NODE)
 

@@ -89,7 +89,10 @@ def _head(report: Report) -> Text:
 def _memory(forecast: Forecast, machine: Machine) -> Table:
     table = Table(title="Bytes of one rank", title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("device, between steps", "device, at the peak", "host, at the peak", "disk"):
+    places = ("device, between steps", "device, at the peak", "host, at the peak", "disk")
+    if machine.shares_memory:  # one memory, and what is offloaded within it has a column of its own
+        places = ("in use, between steps", "in use, at the peak", "offloaded, at the peak", "disk")
+    for name in places:
         table.add_column(name, justify="right")
     for name in forecast.peak_bytes:
         values = (forecast.rest_bytes, forecast.peak_bytes, forecast.host_peak_bytes)
@@ -99,18 +102,28 @@ def _memory(forecast: Forecast, machine: Machine) -> Table:
     if forecast.held_activation_bytes:
         guess = "" if forecast.activation_bytes is not None else " (about)"
         table.add_row(f"activations{guess}", "-", spell_bytes(forecast.held_activation_bytes), "-", "-")
-    table.add_row("runtime (about)", spell_bytes(RUNTIME_BYTES), spell_bytes(RUNTIME_BYTES), "-", "-", end_section=True)
-    rest = sum(forecast.rest_bytes.values()) + RUNTIME_BYTES
-    host = forecast.total_host_peak_bytes
-    totals = (rest, forecast.device_bytes, host, forecast.disk_bytes)
-    table.add_row("all", *(spell_bytes(n) for n in totals), style="bold")
-    ranks = forecast.work.ranks_per_node
-    room = (machine.device_bytes, machine.device_bytes, machine.host_bytes / ranks, machine.disk_bytes / ranks)
-    table.add_row("there is (a rank's share)", *(spell_bytes(n) for n in room), style="dim")
+    for name, values, style in _totals(forecast, machine):
+        table.add_row(name, *(spell_bytes(n) for n in values), style=style)
     if shortages := forecast.shortages(machine):
         table.caption, table.caption_style = f"does not fit: {'; '.join(shortages)}", "bold red"
         table.caption_justify = "left"
     return table
+
+
+def _totals(forecast: Forecast, machine: Machine) -> list[tuple[str, tuple[float, ...], str]]:
+    """(name, bytes by column, style) of the last rows."""
+    ranks, disk = forecast.work.ranks_per_node, forecast.disk_bytes
+    share = machine.host_bytes / ranks, machine.disk_bytes / ranks
+    there = "there is, for each rank"
+    if machine.shares_memory:
+        bound = forecast.node_host_bytes / ranks
+        return [("a process, at most", (0, bound, 0, disk), "bold"), (there, (0, share[0], 0, share[1]), "dim")]
+    rest = sum(forecast.rest_bytes.values()) + RUNTIME_BYTES
+    return [
+        ("runtime (about)", (RUNTIME_BYTES, RUNTIME_BYTES, 0, 0), ""),
+        ("all", (rest, forecast.device_bytes, forecast.total_host_peak_bytes, disk), "bold"),
+        (there, (machine.device_bytes, machine.device_bytes, *share), "dim"),
+    ]
 
 
 def _links(forecast: Forecast, machine: Machine) -> Table:

@@ -134,6 +134,11 @@ class Achieved:
     bound_bytes_per_s: float
     share: float
 
+    def __str__(self) -> str:
+        speed, bound = self.bytes_per_s / 1e9, self.bound_bytes_per_s / 1e9
+        name, gib = self.link.replace("_", " "), self.num_bytes / 2**30
+        return f"{name}: {gib:,.2f} GiB in {self.seconds:.2f} s, {speed:.2f} of {bound:.2f} GB/s ({self.share:.0%})"
+
 
 def achieved(report: Any, machine: Machine, ranks_per_node: int = 1) -> list[Achieved]:
     """What each link reached in a step, beside what it can: a row per link that moved something.

@@ -160,10 +160,8 @@ def _block(given: Mapping[str, Any], stage: int, optimizer: str, parameters: str
 
 
 def _best_cuts(settings: list[Setting]) -> list[Setting]:
-    """Of each placement the fastest cut that fits, or the smallest where none does."""
+    """Of each placement the fastest cut that fits, or the nearest to fitting where none does."""
     groups: dict[tuple[Any, ...], list[Setting]] = {}
     for each in settings:
         groups.setdefault((each.stage, each.optimizer, each.parameters), []).append(each)
-    return [
-        min(group, key=lambda s: s._rank if s.fits else (True, s.forecast.device_bytes)) for group in groups.values()
-    ]
+    return [min(group, key=lambda each: each._rank) for group in groups.values()]
