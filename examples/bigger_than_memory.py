@@ -213,7 +213,8 @@ def train(args, log):
                       "step_s": report.step_ms / 1e3, "disk_bytes": report.disk_bytes})  # fmt: skip
         print(f"step {step + 1} · loss {report.loss:.3f} · {took:.1f} s · disk " + ", ".join(
             f"{name.split()[-1]} {num_bytes / 1e9:.2f} GB at {num_bytes / 1e9 / max(busy, 1e-9):.2f} GB/s"
-            for name, (num_bytes, busy) in report.links.items()), flush=True)  # fmt: skip
+            for name, (num_bytes, busy) in report.links.items()
+            if name.startswith("disk")), flush=True)  # fmt: skip
     return {
         "parameters": forecast.num_parameters,
         "width": width,
