@@ -139,7 +139,7 @@ def copied(files: Files, tensor: Tensor, way: str) -> None:
 
 def buffered(files: Files, way: str) -> Turn:
     """preadv or pwritev through the page cache, in one thread."""
-    view = memoryview(files.buffer.view(torch.uint8).numpy())
+    view = files.buffer.view(torch.uint8).numpy().data
     call = os.preadv if way == "read" else os.pwritev
 
     def work() -> None:
@@ -247,12 +247,14 @@ def report(rows: list[Row], folder: Path, num_bytes: int, rounds: int, version: 
     standard = f"ours {STANDARD.block_bytes // MI} MiB × {STANDARD.depth}"
     for way in ("read", "write"):
         here = sorted((row for row in rows if row.way == way), key=lambda row: -row.median_mib_per_s)
-        ours_ = next(row for row in here if row.variant == standard)
+        standard_row = next(row for row in here if row.variant == standard)
         peers = [row for row in here if row.variant.startswith("fio")]
         if peers:  # the fastest of fio's settings, not the one that is ours
-            share = ours_.median_mib_per_s / peers[0].median_mib_per_s
+            share = standard_row.median_mib_per_s / peers[0].median_mib_per_s
             lines.append(f"- {way}: {standard}, the default, is {share:.2f} × {peers[0].variant} (goal {GOAL})")
-        ahead = [row.variant for row in here if not row.is_ours and row.median_mib_per_s > ours_.median_mib_per_s]
+        ahead = [
+            row.variant for row in here if not row.is_ours and row.median_mib_per_s > standard_row.median_mib_per_s
+        ]
         lines.append(f"- {way}: faster than the default: {', '.join(ahead) or 'nobody'}")
         lines += ["", f"| {way} | median MiB/s | p20 | p80 | best | CPU s/GiB |", "|---|---|---|---|---|---|"]
         lines += [
