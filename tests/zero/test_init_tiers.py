@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,37 @@ def test_a_model_bigger_than_what_may_be_open_is_built_and_moved_unit_by_unit(
     weight = model.get_parameter("blocks.0.0.weight")
     with ts.zero.GatheredParameters(weight):
         assert 1.9 < weight.float().mean() < 2.1
+    model._tritonspeed.destroy()
+
+
+def test_a_checkpoint_goes_to_disk_unit_by_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the meta device, values in files, state on disk: in memory is one unit, whatever the depth."""
+    width, depth = 128, 12
+    unit_bytes = 4 * (width * width + width)
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)])
+    values = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    save_file(values, tmp_path / "model.safetensors")
+    ts.zero.load_safetensors(model, tmp_path)
+    sharding, counts = import_module("tritonspeed.zero.shard"), []
+    usual = sharding.materialise
+
+    def noted(*args: Any) -> None:
+        usual(*args)
+        counts.append(num_bytes_alive())
+
+    monkeypatch.setattr(sharding, "materialise", noted)
+    gc.collect()
+    before = num_bytes_alive()
+    options = ts.zero.ShardOptions(param_persistence_threshold=0)
+    offload = ts.Offload(optimizer="nvme", parameters="nvme", path=tmp_path, max_in_cpu=0)
+    model, _ = ts.zero.shard(
+        model, ts.optim.AdamW(model.parameters()), precision="bf16", options=options, offload=offload
+    )
+    assert len(counts) == depth + 1
+    assert max(counts) - before < 1.1 * unit_bytes and num_bytes_alive() - before < 0.1 * unit_bytes
+    for name, p in model.named_parameters():
+        assert torch.equal(ts.zero.safe_get_local_fp32_param(p), values[name].flatten()), name
     model._tritonspeed.destroy()
 
 
