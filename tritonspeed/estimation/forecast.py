@@ -47,6 +47,19 @@ class Forecast(memory.Estimate):
     step: StepTime | None = None
     activation_guess_bytes: int | None = None
 
+    def __str__(self) -> str:
+        moved = ", ".join(
+            f"{link.replace('_', ' ')} {num / 1e12:,.1f} TFLOP" if link == "compute" else
+            f"{link.replace('_', ' ')} {_gib(num)} GiB"
+            for link, num in self.link_bytes.items()
+        )  # fmt: skip
+        lines = [super().__str__(), f"one step of {self.work.tokens:,.0f} tokens: {moved}"]
+        if self.step is not None:
+            lines.append(f"it takes at least {self.step.seconds:.3g} s; {self.step.binding.replace('_', ' ')} binds")
+            if self.step.tokens_to_hide is not None:
+                lines.append(f"offload is hidden from {self.step.tokens_to_hide:,.0f} tokens on")
+        return "\n".join(lines)
+
     @property
     def held_activation_bytes(self) -> int:
         """Of one micro batch: counted where inputs were given, else guessed, else 0."""

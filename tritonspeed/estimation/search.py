@@ -1,9 +1,10 @@
 """Which settings fit a model on a machine, the fastest first, each with the block of a ds_config.json that asks for it.
 
-Tried are the stages, the tiers of optimizer and parameters, activation checkpointing, and how the samples of a step are
-cut into micro batches; tokens per step stay what they are. A time is ``links.time_of``: a bound, so the ranking is one
-of bounds. Settings within 2 % of each other rank by simplicity: less offloaded, no recomputation, a lower stage. What
-does not fit comes last, the nearest to fitting first.
+Tried are the stages (those that keep parameters whole only where a rank can hold them), the tiers of optimizer and
+parameters, activation checkpointing, and how the samples of a step are cut into micro batches; tokens per step stay
+what they are. A time is ``links.time_of``: a bound, so the ranking is one of bounds. Settings within 2 % of each other
+rank by simplicity: less offloaded, no recomputation, a lower stage. What does not fit comes last, the nearest to
+fitting first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tritonspeed.estimation import memory
 from tritonspeed.estimation.forecast import Forecast, Split, combine
 from tritonspeed.estimation.machine import Machine
 from tritonspeed.estimation.shapes import ModelShape
+from tritonspeed.precision import Policy
 from tritonspeed.zero.stages import STAGES
 
 ALIKE = 1.02  # times within this factor count as equal
@@ -99,7 +101,9 @@ def search(
     samples = int(start.train_micro_batch_size_per_gpu or 1) * int(start.gradient_accumulation_steps or 1)
     kept = {k: v for k, v in given.items() if k != "train_batch_size"}
     device, found = "cpu" if machine.shares_memory else "cuda", []
-    for stage, optimizer, parameters in _placements(machine, world_size):
+    itemsize = Policy.from_config(start).param.itemsize
+    room = machine.host_bytes * nodes / world_size if machine.shares_memory else machine.device_bytes
+    for stage, optimizer, parameters in _placements(machine, world_size, itemsize * shape.num_params > room):
         held: dict[bool, memory.Estimate] = {}
         gathers = None  # the same for all cuts
         for micro in _cuts(samples):
@@ -117,9 +121,15 @@ def search(
     return sorted(_best_cuts(found), key=lambda each: each._rank)
 
 
-def _placements(machine: Machine, world_size: int) -> Iterator[tuple[int, str, str]]:
-    """(stage, tier of the optimizer, tier of the parameters), where the parameters go no further than the optimizer."""
+def _placements(machine: Machine, world_size: int, must_shard: bool) -> Iterator[tuple[int, str, str]]:
+    """(stage, tier of the optimizer, tier of the parameters), where the parameters go no further than the optimizer.
+
+    Args:
+        must_shard: the parameters alone are more than a rank can hold.
+    """
     for number, stage in STAGES.items():
+        if must_shard and not stage.shards_parameters:
+            continue
         if world_size == 1 and stage.shards_optimizer and not stage.shards_parameters:
             continue  # nobody to share with: stage 0 by another name
         for optimizer in TIERS:
