@@ -156,6 +156,16 @@ except OSError as error:
     print("no room for the record:", error)
 assert verify(folder.folder) == 1
 os.unlink(place + "/other")
+reserve, os.posix_fallocate = os.posix_fallocate, lambda descriptor, offset, length: os.ftruncate(descriptor, length)
+sparse = folder.flat("c", "master", torch.float32, 200_000)
+os.posix_fallocate = reserve
+try:
+    sparse.fill(torch.ones(200_000))
+except OSError as error:
+    assert error.errno == errno.ENOSPC and "c.master.0.safetensors" in str(error) and "nvme_path" in str(error), error
+    print("no room for a write:", error)
+assert verify(folder.folder) == 1
+sparse.remove()
 folder.commit(2)
 assert verify(folder.folder) == 2 and (flat.read(0, 50_000) == 2).all()
 folder.close()
@@ -178,6 +188,7 @@ def test_a_full_and_a_read_only_disk(tmp_path):
         "no room for a flat",
         "no room for a flat",
         "no room for the record",
+        "no room for a write",
         "read-only",
     ]
 
