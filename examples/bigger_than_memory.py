@@ -19,6 +19,7 @@ import sysconfig
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,14 +154,20 @@ class MemoryLog(threading.Thread):
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
 
+    def highest(self, at_most=1000):
+        """So many (seconds, bytes), each the highest of its stretch."""
+        stretch = max(1, math.ceil(len(self.samples) / at_most))
+        parts = [self.samples[i : i + stretch] for i in range(0, len(self.samples), stretch)]
+        return [(round(part[0][0], 2), max(num_bytes for _, num_bytes in part)) for part in parts]
+
 
 # The run.
 
 
-def ds_config(args, width):
+def ds_config(args, width, path):
     """What a DeepSpeed user would write: ZeRO-3 with optimizer and parameters on the disk."""
     block = 12 * width**2
-    disk = {"device": args.offload, "nvme_path": str(args.disk)}
+    disk = {"device": args.offload, "nvme_path": str(path)}
     return {
         "train_micro_batch_size_per_gpu": args.rows,
         "gradient_clipping": 1.0,
@@ -181,9 +188,9 @@ def size(num_bytes):
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def train(args, log):
+def train(args, log) -> dict[str, Any]:
     width, depth = dimensions(args.parameters)
-    config, text = ds_config(args, width), read_text()
+    config, text = ds_config(args, width, args.disk), read_text()
     with torch.device("meta"):
         shapes = Transformer(width, depth)
     inputs = batch_of(text, args.rows, args.length, 0)
@@ -207,6 +214,7 @@ def train(args, log):
         engine.backward(loss)
         engine.step()
         report = engine.last_step
+        assert report is not None, "a step was made"
         took = time.perf_counter() - began
         steps.append({"loss": report.loss, "grad_norm": report.grad_norm, "seconds": took, "links": report.links,
                       "forward_s": report.forward_ms / 1e3, "backward_s": report.backward_ms / 1e3,
@@ -215,6 +223,7 @@ def train(args, log):
             f"{name.split()[-1]} {num_bytes / 1e9:.2f} GB at {num_bytes / 1e9 / max(busy, 1e-9):.2f} GB/s"
             for name, (num_bytes, busy) in report.links.items()
             if name.startswith("disk")), flush=True)  # fmt: skip
+    ts.zero.safe_get_local_fp32_param(model.norm.weight)  # waits for the last update, and until the disk has it
     return {
         "parameters": forecast.num_parameters,
         "width": width,
@@ -226,7 +235,7 @@ def train(args, log):
         "bound_bytes": forecast.resident_bytes,
         "estimated_disk_bytes": forecast.disk_bytes,
         "estimate": str(forecast),
-        "config": config,
+        "config": ds_config(args, width, "/disk"),
         "seconds": seconds,
         "steps": steps,
     }
@@ -280,11 +289,11 @@ def main():
     log.start()
     try:
         run = train(args, log)
-        run |= {"peak_bytes": log.finish(), "samples": log.samples}
+        run |= {"peak_bytes": log.finish(), "samples": log.highest()}
     finally:
         if ours:
             shutil.rmtree(args.disk)
-    (args.out / "run.json").write_text(json.dumps(run, indent=1))
+    (args.out / "run.json").write_text(json.dumps(run))
     draw(run, args.out / "memory.png")
     losses = [step["loss"] for step in run["steps"]]
     held = (
