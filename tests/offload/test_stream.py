@@ -17,13 +17,27 @@ class Toy:
         self.number, self.needs_buffer, self.log, self.busy = number, needs_buffer, log, busy
         self.buffer: Buffer | None = None
 
+    def fetch_ahead(self, buffer: Buffer | None) -> None:
+        self._take(buffer)
+        self.log.append(("ahead", self.number))
+
+    def forget(self) -> None:
+        self.busy.discard(id(self.buffer))
+        self.buffer = None
+        self.log.append(("forget", self.number))
+
     def fetch(self, buffer: Buffer | None) -> None:
+        if self.buffer is None or buffer is not self.buffer:
+            self._take(buffer)
+        self.log.append(("fetch", self.number))
+
+    def _take(self, buffer: Buffer | None) -> None:
+        assert self.buffer is None, "what was fetched ahead is fetched into the same buffer"
         assert (buffer is not None) is self.needs_buffer
         if buffer is not None:
             assert id(buffer) not in self.busy, "a buffer that another tile still uses"
             self.busy.add(id(buffer))
         self.buffer = buffer
-        self.log.append(("fetch", self.number))
 
     def wait(self) -> None:
         self.log.append(("wait", self.number))
@@ -35,6 +49,7 @@ class Toy:
     def leave(self) -> None:
         self.log.append(("leave", self.number))
         self.busy.discard(id(self.buffer))
+        self.buffer = None
 
 
 class Stored:
@@ -98,6 +113,37 @@ def test_an_abandoned_stream_leaves_the_ring_as_it_was():
     stream.close()
     again = [tile.number for tile in ring.stream(Toy(i, True, log, set()) for i in range(5))]
     assert again == list(range(5))
+
+
+@given(st.lists(st.booleans(), max_size=9), st.integers(1, 4), st.data())
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_what_is_fetched_ahead_is_used_or_forgotten(kinds, num_buffers, data):
+    """Whatever was thought to come, what comes goes its way once, and no buffer has two owners or is lost."""
+    log: list[tuple[str, int]] = []
+    busy: set[int] = set()
+    ring: Ring[Toy] = Ring(num_buffers, lambda: Buffer(8, lambda n, dtype: torch.empty(n, dtype=dtype)))
+    toys = [Toy(i, kind, log, busy) for i, kind in enumerate(kinds)]
+    ring.fetch_ahead([toys[i] for i in data.draw(st.permutations(range(len(toys))))])
+    for streamed in (toys[: len(toys) // 2], toys[len(toys) // 2 :]):
+        for tile in ring.stream(streamed):
+            log.append(("work", tile.number))
+    ring.forget()
+    assert not busy - {id(None)}
+    for number in range(len(kinds)):
+        way = [what for what, i in log if i == number]
+        assert way[-6:] == ["fetch", "wait", "work", "store", "stored", "leave"]
+        assert way[:-6] in ([], ["ahead"], ["ahead", "forget"])
+
+
+def test_what_comes_as_thought_of_is_not_fetched_twice():
+    log: list[tuple[str, int]] = []
+    ring: Ring[Toy] = Ring(2, lambda: Buffer(8, lambda n, dtype: torch.empty(n, dtype=dtype)))
+    busy: set[int] = set()
+    toys = [Toy(i, True, log, busy) for i in range(4)]
+    ring.fetch_ahead(toys)
+    assert log == [("ahead", 0), ("ahead", 1)]
+    assert [tile.number for tile in ring.stream(toys)] == [0, 1, 2, 3]
+    assert ring.forget() == [] and ("forget", 0) not in log
 
 
 def test_a_buffer_is_the_same_memory_for_a_kind():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -45,6 +46,12 @@ class Staged(Protocol):
 
     needs_buffer: bool
 
+    def fetch_ahead(self, buffer: Buffer | None) -> None:
+        """Start what of ``fetch``, which follows with the same buffer, needs no gradient."""
+
+    def forget(self) -> None:
+        """What was fetched ahead is not wanted; the buffer is another's."""
+
     def fetch(self, buffer: Buffer | None) -> None:
         """Start bringing it into the buffer."""
 
@@ -72,6 +79,30 @@ class Ring(Generic[T]):
     def __init__(self, num_buffers: int, make: Callable[[], Buffer]) -> None:
         self.num_buffers, self._make = num_buffers, make
         self._made: list[Buffer] = []
+        self._ahead: deque[tuple[T, Buffer | None]] = deque()
+
+    def fetch_ahead(self, tiles: Iterable[T]) -> None:
+        """Start reading the first of them: a later ``stream`` that comes to them goes on from there."""
+        self.forget()
+        free = list(self._made)
+        for tile in islice(tiles, self.num_buffers):
+            buffer = (free.pop() if free else self._one_more()) if tile.needs_buffer else None
+            tile.fetch_ahead(buffer)
+            self._ahead.append((tile, buffer))
+
+    def forget(self) -> list[Buffer]:
+        """Drop what was fetched ahead, and give its buffers."""
+        free = []
+        while self._ahead:
+            tile, buffer = self._ahead.popleft()
+            tile.forget()
+            if buffer is not None:
+                free.append(buffer)
+        return free
+
+    def _one_more(self) -> Buffer:
+        self._made.append(self._make())
+        return self._made[-1]
 
     def stream(self, tiles: Iterable[T]) -> Iterator[T]:
         """Every tile in order, once it may be worked on; it is stored when the next one is asked for.
@@ -79,7 +110,8 @@ class Ring(Generic[T]):
         Which is fetched and waited for when depends on their numbers alone, never on time: the same on every rank.
         """
         source = iter(tiles)
-        free = list(self._made)
+        ahead = self._ahead
+        free = [made for made in self._made if all(held is not made for _, held in ahead)]
         coming: deque[tuple[T, Buffer | None]] = deque()
         leaving: deque[tuple[T, list[Handle], Buffer | None]] = deque()
         most_leaving = max(1, (self.num_buffers - 1) // 2)
@@ -88,14 +120,18 @@ class Ring(Generic[T]):
         def fetch_ahead() -> T | None:
             tile = waiting
             while tile is not None and len(coming) < self.num_buffers:
-                buffer = None
-                if tile.needs_buffer:
-                    if not free and len(self._made) < self.num_buffers:
-                        self._made.append(self._make())
-                        free.append(self._made[-1])
-                    if not free:
-                        break
-                    buffer = free.pop()
+                if ahead and ahead[0][0] is tile:
+                    buffer = ahead.popleft()[1]
+                else:
+                    if any(other is tile for other, _ in ahead):  # not in the order that was thought of
+                        free.extend(self.forget())
+                    buffer = None
+                    if tile.needs_buffer:
+                        if not free:
+                            free.extend([self._one_more()] if len(self._made) < self.num_buffers else self.forget())
+                        if not free:
+                            break
+                        buffer = free.pop()
                 tile.fetch(buffer)
                 coming.append((tile, buffer))
                 tile = next(source, None)

@@ -10,7 +10,7 @@ steps their masters and states are placeholders of the true shape, without memor
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -86,17 +86,35 @@ class Tile:
         self._kinds_of: dict[int, list[str]] = {}
         self._buffer: Buffer | None = None
         self._handles: list[Handle] = []
+        self._is_ahead = False  # what is on disk is on its way already
         self._copies: list[tuple[Tensor, Tensor]] = []  # (host memory, where on the device it goes)
         self._gradient: Tensor | None = None  # where it has to come from the device first
         self.needs_buffer = is_staged(bucket, homes)
+        is_apart = homes is not None and not homes.shares_memory and bucket.tier is not Tier.DEVICE
+        self._copy_crosses = is_apart and not bucket.shard_crosses
         self.has_left = True
         self._has_gaps = sum(chunk.end - chunk.start for chunk in chunks) < hi - lo
 
     # in
 
+    def fetch_ahead(self, buffer: Buffer | None) -> None:
+        """Start reading what is on disk, before the gradient is complete."""
+        self._read(buffer)
+        self._is_ahead = True
+
+    def forget(self) -> None:
+        """What was read ahead is not wanted."""
+        for handle in self._handles:
+            with suppress(OSError):  # who wants it reads it again, and is told
+                handle.wait()
+        self._handles.clear()
+        self._buffer, self._is_ahead = None, False
+
     def fetch(self, buffer: Buffer | None) -> None:
         """Start reading what is on disk, and the gradient where it stands on the device still."""
-        self._read(buffer)
+        if not self._is_ahead:
+            self._read(buffer)
+        self._is_ahead = False
         if buffer is not None and (grad := self._device_gradient()) is not None:
             assert self.homes is not None, "what is not resident has a home"
             self._gradient = self._place(GRADIENT, grad.dtype)
@@ -155,7 +173,7 @@ class Tile:
         if bucket.shard_flat is not None:
             return self._place(PARAMETERS, bucket.types.compute)[chunk.start - self.lo : chunk.end - self.lo]
         target = chunk.low_precision()
-        if target is None or target.device == chunk.master.device:
+        if target is None or not self._copy_crosses:
             return target
         staged = self._place(PARAMETERS, target.dtype)[chunk.start - self.lo : chunk.end - self.lo]
         self._copies.append((staged, target))
