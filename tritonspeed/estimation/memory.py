@@ -36,7 +36,9 @@ from torch import nn
 from tritonspeed.comm.shared import WINDOW_BYTES
 from tritonspeed.config import Config, ModelFacts, load
 from tritonspeed.estimation.activations import Activations, measure_activations
-from tritonspeed.estimation.paper import PaperBucket, PaperGroup, PaperHomes, PaperLedger, States
+from tritonspeed.estimation.paper import PaperBucket, PaperGroup
+from tritonspeed.estimation.paper_ledger import PaperLedger
+from tritonspeed.estimation.paper_tiers import PaperHomes, States
 from tritonspeed.estimation.walk import Walk, build
 from tritonspeed.kernels.host_step import will_compile
 from tritonspeed.offload import Offload

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tritonspeed.estimation.paper import PaperBucket, PaperGroup, PaperHomes, PaperLedger, paper_ring
+from tritonspeed.estimation.paper import PaperBucket, PaperGroup, paper_ring
+from tritonspeed.estimation.paper_ledger import PaperLedger
+from tritonspeed.estimation.paper_tiers import PaperHomes
 from tritonspeed.offload.disk_flat import TILE_BYTES
 from tritonspeed.zero.group import group_of
 from tritonspeed.zero.options import ShardOptions
