@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from beside import host_apart
 from lockstep import options, sharded_training
 from models import Net, batch
 
 import tritonspeed as ts
-from tritonspeed.zero.homes import Homes
 
 STEPS = 10
 TILE = 16384  # the least: several tiles to a bucket of the wide model
@@ -126,26 +126,31 @@ def test_every_elementwise_optimizer_runs_offloaded(ranks, tmp_path, stage, opti
         assert_same(got)
 
 
-def apart(stage: int, precision: str | None, accumulation: int, folder: str) -> dict:
+def apart(stage: int, precision: str | None, accumulation: int, folder: str, late: bool, optimizer: str) -> dict:
     """The same with host memory that is not the device's, as beside a GPU: everything is copied."""
-    old = Homes.__init__
-
-    def init(self, *args, **kwargs):
-        old(self, *args, **kwargs)
-        self.shares_memory = False
-
-    plain = sharded_training(stage, STEPS, accumulation, precision, {}, wide)
-    Homes.__init__ = init
-    try:
-        return {"device": plain, **curves(stage, precision, accumulation, folder, "ours")}
-    finally:
-        Homes.__init__ = old
+    plain = sharded_training(stage, STEPS, accumulation, precision, {}, wide, optimizer)
+    with host_apart(late):
+        return {"device": plain, **curves(stage, precision, accumulation, folder, optimizer)}
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
 @pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (2, 2), (3, 1), (3, 3)])
 def test_host_memory_apart_gives_the_same_bits(ranks, tmp_path, stage, accumulation, precision):
-    for got in ranks(2, apart, stage, precision, accumulation, str(tmp_path)):
+    for got in ranks(2, apart, stage, precision, accumulation, str(tmp_path), False, "ours"):
+        assert_same(got)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "accumulation"), [(1, 1, 1), (1, 2, 2), (1, 3, 1), (1, 3, 3), (2, 0, 1), (2, 3, 2)]
+)
+def test_copies_at_the_last_moment_give_the_same_bits(ranks, tmp_path, world, stage, accumulation):
+    """Nothing is read before it has been waited for, and no source is written to, lent or freed before that."""
+    for got in ranks(world, apart, stage, "bf16", accumulation, str(tmp_path), True, "ours"):
+        assert_same(got)
+
+
+def test_another_optimizer_takes_gradients_from_their_buffer(ranks, tmp_path):
+    for got in ranks(2, apart, 0, "bf16", 1, str(tmp_path), True, "sgd"):
         assert_same(got)
 
 
