@@ -58,7 +58,7 @@ class Received:
 
 
 def measure(settings: dict[str, Any]) -> tuple[int, dict[str, tuple[int, float]]]:
-    """(bytes received, links of the report) in a step that follows others."""
+    """(bytes received, links) in a step that follows others, its late updates included."""
     engine, *_ = ts.initialize(model=model(), config=settings)
     rank, received = dist.get_rank() if dist.is_initialized() else 0, Received()
 
@@ -67,11 +67,18 @@ def measure(settings: dict[str, Any]) -> tuple[int, dict[str, tuple[int, float]]
             engine.backward(engine(*batch(rank, 10 * number + micro, vocab=512)))
             engine.step()
 
+    def links_since() -> dict[str, tuple[int, float]]:
+        for bucket in engine.sharded.buckets:
+            bucket.settle()
+        return engine.sharded.homes.traffic()
+
     for number in range(WARM_UP_STEPS):
         step(number)
+    links_since()
     with received:
         step(WARM_UP_STEPS)
-    links = dict(engine.last_step.links)
+    of_step, late = engine.last_step.links, links_since()
+    links = {name: tuple(map(sum, zip(of_step.get(name, (0, 0)), late[name], strict=True))) for name in late}
     engine.destroy()
     return received.num_bytes, links
 
