@@ -5,11 +5,13 @@ uses.
 """
 
 import logging
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +163,29 @@ def test_cuts_and_threads_change_no_bit(rule: Rule, cuts: tuple[int, ...]) -> No
     assert_same_representation(whole, elsewhere)
 
 
+TASKS = Path("/proc/self/task")
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads where Linux lists them")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="OpenMP starts no thread on one core")
+def test_a_worker_thread_takes_torchs_number_of_threads() -> None:
+    """OpenMP gives a thread that asked torch for nothing yet all cores."""
+    rule = RULES["adamw, bf16"]
+    chunk, counts = tensors(rule, 100_000), []
+
+    def work() -> None:
+        counts.append(len(list(TASKS.iterdir())))
+        rule.run(**chunk, **rule.hyper)
+        counts.append(len(list(TASKS.iterdir())))
+
+    rule.run(**chunk, **rule.hyper)
+    torch.set_num_threads(1)
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert counts[0] == counts[1]
+
+
 def test_views_of_one_buffer_are_updated_in_place() -> None:
     """The stream's tiles lie in one slab: the compiler must not take them for each other."""
     rule = RULES["adamw, fp32"]
@@ -177,8 +202,8 @@ def test_no_schedule_and_no_size_compiles_again() -> None:
     rule.run(**tensors(rule), **rule.hyper)
     before = dict(host_step._choice.passes)
     torch._dynamo.utils.counters.clear()
-    for step in range(1, 200):
-        chunk = {name: t[step % 7 :] for name, t in tensors(rule, 200 + 13 * step).items()}
+    for step in range(1, 40):
+        chunk = {name: t[step % 7 :] for name, t in tensors(rule, 200 + 131 * step).items()}
         torch.set_num_threads(1 + step % 2)
         lr, scale = 1e-3 / step, torch.tensor(1.0 / step)
         rule.run(**chunk, **{**rule.hyper, "step": step, "lr": lr, "grad_scale": scale})
@@ -273,18 +298,16 @@ print(host_step.host_step(), bool((master < 1).all()))
 """
 
 
-@pytest.mark.parametrize("lack", ["compiler", "compiler that works", "cache folder"])
+@pytest.mark.parametrize("lack", ["compiler", "compiler that works"])
 def test_without_a_compiler_a_process_is_chunked(lack: str, tmp_path: Any) -> None:
     environment = {"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     if lack == "compiler":
         environment["CXX"] = "no-such-compiler"
-    elif lack == "compiler that works":
+    else:
         broken = tmp_path / "g++"
         broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo g++ 12 && exit 0\nexit 1\n')
         broken.chmod(0o755)
         environment["CXX"] = str(broken)
-    else:
-        (tmp_path / "cache").write_text("a file, not a folder")
     done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     chosen, taken = done.stdout.split("\n")[:2]
