@@ -171,7 +171,10 @@ def ds_config(args, width, path):
     return {
         "train_micro_batch_size_per_gpu": args.rows,
         "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.02 * width**-0.5, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": min(1e-3, 0.5 / width), "betas": [0.9, 0.95], "weight_decay": 0.1},
+        },
         "bf16": {"enabled": True},
         "zero_optimization": {
             "stage": 3,
@@ -247,6 +250,7 @@ def draw(run, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     unit, name = (2**30, "GiB") if run["state_bytes"] > 2**31 else (2**20, "MiB")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(5, 3), layout="constrained")
@@ -262,6 +266,7 @@ def draw(run, path):
     left.set(xlabel="seconds", ylabel=f"resident memory, {name}", ylim=(0, 1.15 * top / unit), xlim=(0, None))
     left.set_title(f"{run['parameters'] / 1e6:,.0f} M parameters", loc="left", fontsize=10)
     right.plot(range(1, len(run["steps"]) + 1), [s["loss"] for s in run["steps"]], "o-", color="#3b5b92", markersize=4)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(xlabel="step", ylabel="loss, nats per byte", ylim=(0, None))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
