@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from tritonspeed.offload import Tier
@@ -16,13 +17,15 @@ class Account:
     bytes_of: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
     peak_bytes: int = 0
     peak_of: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, category: str, num_bytes: int) -> None:
         """Enter ``num_bytes`` more (or, negative, fewer) bytes of ``category``."""
-        self.bytes_of[category] += num_bytes
-        total = self.total_bytes
-        if total > self.peak_bytes:
-            self.peak_bytes, self.peak_of = total, dict(self.bytes_of)
+        with self._lock:  # an update under the next forward enters what it makes
+            self.bytes_of[category] += num_bytes
+            total = self.total_bytes
+            if total > self.peak_bytes:
+                self.peak_bytes, self.peak_of = total, dict(self.bytes_of)
 
     @property
     def total_bytes(self) -> int:
