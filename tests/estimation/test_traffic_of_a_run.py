@@ -78,7 +78,10 @@ def measure(settings: dict[str, Any]) -> tuple[int, dict[str, tuple[int, float]]
     with received:
         step(WARM_UP_STEPS)
     of_step, late = engine.last_step.links, links_since()
-    links = {name: tuple(map(sum, zip(of_step.get(name, (0, 0)), late[name], strict=True))) for name in late}
+    links = {}
+    for name, (num_bytes, seconds) in late.items():
+        before = of_step.get(name, (0, 0.0))
+        links[name] = (before[0] + num_bytes, before[1] + seconds)
     engine.destroy()
     return received.num_bytes, links
 
