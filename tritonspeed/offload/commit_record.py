@@ -65,6 +65,10 @@ class CommitRecord:
     facts: dict[str, Any] = field(default_factory=dict)
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
+    def flat_keys(self) -> set[tuple[str, str]]:
+        """(bucket, kind) of all that is committed."""
+        return {(flat.bucket, flat.kind) for flat in self.flats}
+
     def text(self) -> str:
         """As JSON, with a digest of itself."""
         content = {"format": FORMAT, **asdict(self)}

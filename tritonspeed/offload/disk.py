@@ -165,13 +165,15 @@ class DiskFolder:
 
     def drop(self, flat: DiskFlat) -> None:
         """Forget a flat; the commit record names it no more."""
-        del self._flats[flat.contents.bucket, flat.contents.kind]
-        self._commit_again([])
+        key = flat.contents.bucket, flat.contents.kind
+        del self._flats[key]
+        if self._last is not None and key in self._last.flat_keys():  # else no record: a full disk has no room for one
+            self._commit_again([])
 
     def _commit_again(self, flips: list[DiskFlat]) -> None:
         """The last commit, with other contents of some flats; what was stored waits for its own commit."""
         if self._last is not None:
-            recorded = {(record.bucket, record.kind) for record in self._last.flats}
+            recorded = self._last.flat_keys()
             flats = [flat for key, flat in self._flats.items() if key in recorded]
             self._commit(flips, flats, flips, self._last.step, self._last.facts)
 
