@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engines import make, said, settings
 from models import Net, batch
 
 import tritonspeed as ts
+from tritonspeed.estimation import machine_of
 from tritonspeed.offload.disk import DiskFlat
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.01}}
@@ -98,6 +100,28 @@ def test_a_report_says_what_is_where(ranks, tmp_path):
     assert read == pytest.approx((12 + 3 * 2) * num, rel=0.15)
     assert written == pytest.approx((12 + 2) * num, rel=0.15)
     assert "disk" in str(disk) and "host" not in str(none)
+
+
+def links(folder: str) -> tuple[list[str], list[str]]:
+    """What is achieved against a machine of given speeds, and of this one, as lines."""
+    engine = make(config("nvme", folder, bf16={"enabled": True}), wide)
+    with pytest.raises(ValueError, match="none was made yet"):
+        engine.achieved()
+    for step in range(3):
+        engine.backward(engine(*batch(0, step)))
+        engine.step()
+    slow = replace(machine_of("H100"), disk_read_bytes_per_s=1.0, disk_write_bytes_per_s=1.0)
+    rows = engine.achieved(slow)
+    assert all(row.share > 1 for row in rows if "disk" in row.link)  # anything is faster than a byte a second
+    found = [row.link for row in rows], [str(row) for row in engine.achieved()]
+    engine.destroy()
+    return found
+
+
+def test_the_engine_says_what_its_links_achieved(ranks, tmp_path):
+    names, lines = ranks(1, links, str(tmp_path))[0]
+    assert names == ["host_memory", "disk_read", "disk_write"]
+    assert len(lines) == 3 and all("%" in line for line in lines)
 
 
 def full(folder: str) -> tuple[str, str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed.config.keys import value_at
+from tritonspeed.estimation import Achieved, Machine, achieved, calibrate
 
 if TYPE_CHECKING:
     from tritonspeed.comm import Mesh
@@ -167,6 +168,23 @@ class Getters:
     def memory(self) -> dict[str, int]:
         """Bytes of model state this rank holds now: parameters, gradients, optimizer, communication."""
         return dict(self.sharded.ledger.bytes_of)
+
+    def achieved(self, machine: Machine | None = None, ranks_per_node: int = 1) -> list[Achieved]:
+        """What each link that offload uses reached in the last step, beside what it can; a row prints as a line.
+
+        Args:
+            machine: its speeds; None measures this one: ten seconds, and 256 MiB in the folder that is offloaded to.
+            ranks_per_node: how many share a node's links.
+
+        Raises:
+            ValueError: no step was made yet.
+        """
+        if self.last_step is None:
+            raise ValueError("achieved() tells of the last step, and none was made yet: call step() first")
+        if machine is None:
+            offload = self.sharded.homes.offload
+            machine = calibrate(offload.path or offload.parameters_path, mesh=self.mesh)
+        return achieved(self.last_step, machine, ranks_per_node)
 
     def offload_states(
         self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False

@@ -38,7 +38,6 @@ from tritonspeed.zero.guard import GATHER_FIRST, GuardedParameters
 from tritonspeed.zero.homes import Homes
 from tritonspeed.zero.layout import lay_out
 from tritonspeed.zero.ledger import Ledger
-from tritonspeed.zero.meta import materialise as materialise
 from tritonspeed.zero.plan import BucketPlan, BucketTypes
 from tritonspeed.zero.stages import stage_of
 

@@ -22,8 +22,8 @@ from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.group import Group, group_of, groups_of
 from tritonspeed.zero.homes import Homes
 from tritonspeed.zero.hooks import Hooks
-from tritonspeed.zero.init import materialise
 from tritonspeed.zero.ledger import Ledger
+from tritonspeed.zero.meta import materialise
 from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.plan import UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
@@ -93,7 +93,7 @@ class ShardedModel:
 
     def _build_group(self, index: int, plan: UnitPlan) -> Group:
         parameters = [p for _, p in plan.parameters]
-        materialise(self.model, parameters)
+        materialise(self.model, parameters, reads=self.mesh.rank == 0)  # a bucket takes rank 0's values
         earlier = groups_of(parameters)  # parameters that zero.Init has sharded one module at a time
         for group in earlier:
             group.acquire("regroup")
