@@ -216,7 +216,7 @@ class SharedMaps:
                 os.fsync(file.fileno())
 
 
-def measure(setting: Setting, path: Path, rounds: int, only: Sequence[str] | None, realtime: bool) -> dict[str, Any]:
+def measure(setting: Setting, path: Path, rounds: int, only: Sequence[str] | None, first: bool) -> dict[str, Any]:
     """Every turn's figures by variant."""
     folder = path / "out-of-core"
     folder.mkdir(parents=True)
@@ -251,7 +251,7 @@ def measure(setting: Setting, path: Path, rounds: int, only: Sequence[str] | Non
         maps = SharedMaps(setting, folder / "maps", gradient)
         turns["mmap"] = (maps.prepare, maps.step)
     asked = {name: turn for name, turn in turns.items() if only is None or name in only}
-    return {"setting": vars(setting), "host_step": host_step(), "turns": in_turns(asked, rounds, realtime)}
+    return {"setting": vars(setting), "host_step": host_step(), "turns": in_turns(asked, rounds, first)}
 
 
 def main() -> None:
@@ -259,7 +259,7 @@ def main() -> None:
     p.add_argument("--path", type=Path, required=True, help="folder on the disk; needs 40 bytes an element")
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--only", nargs="*", help="variants; default: all")
-    p.add_argument("--realtime", action="store_true", help="turns run before everybody else's work (root)")
+    p.add_argument("--first", action="store_true", help="turns go before everybody else's work (root)")
     for name, default in vars(Setting()).items():
         p.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = p.parse_args()
@@ -267,7 +267,7 @@ def main() -> None:
     comm.init_distributed()
     arguments.path.mkdir(parents=True, exist_ok=True)
     try:
-        print(MARK + json.dumps(measure(setting, arguments.path, arguments.rounds, arguments.only, arguments.realtime)))
+        print(MARK + json.dumps(measure(setting, arguments.path, arguments.rounds, arguments.only, arguments.first)))
     finally:
         shutil.rmtree(arguments.path / "out-of-core", ignore_errors=True)
 

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench.systems.launch import busy_seconds
 
+AUTOGROUP = Path("/proc/self/autogroup")
+
 
 @contextmanager
 def first_in_line(asked: bool) -> Iterator[None]:
-    """This process's threads before everybody else's on the cores, for the turn alone (wants root).
+    """This session's processes before everybody else's on the cores, for the turn alone (Linux, wants root).
 
-    Neighbours then take none of its cores; the disk and the memory's bandwidth are still shared with them.
+    The ordinary scheduler, with all the weight it gives: neighbours then take none of the cores that are used here; the
+    disk, the memory and what is idle are still shared with them. Start the process in a session of its own. Real-time
+    scheduling will not do: threads that spin at the end of a parallel region then keep those of the disk waiting.
     """
     if asked:
-        _schedule(os.SCHED_RR, 1)
+        AUTOGROUP.write_text("-20")
     try:
         yield
     finally:
         if asked:
-            _schedule(os.SCHED_OTHER, 0)
+            AUTOGROUP.write_text("0")
 
 
-def _schedule(policy: int, priority: int) -> None:
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # it has ended meanwhile
-            os.sched_setscheduler(int(task.name), policy, os.sched_param(priority))
-
-
-def timed(work: Callable[[], object], realtime: bool) -> dict[str, float]:
+def timed(work: Callable[[], object], first: bool) -> dict[str, float]:
     """Seconds, own core-seconds, and cores that others took."""
-    with first_in_line(realtime):
+    with first_in_line(first):
         busy, used, start = busy_seconds(), _own_seconds(), time.perf_counter()
         work()
         seconds, own = time.perf_counter() - start, _own_seconds() - used
@@ -44,7 +41,7 @@ def timed(work: Callable[[], object], realtime: bool) -> dict[str, float]:
 
 
 def in_turns(
-    turns: dict[str, tuple[Callable[[], object], Callable[[], object]]], rounds: int, realtime: bool
+    turns: dict[str, tuple[Callable[[], object], Callable[[], object]]], rounds: int, first: bool
 ) -> dict[str, list[dict[str, float]]]:
     """Every round runs every (prepare, work) once, each round beginning with another; only the work is timed."""
     names = list(turns)
@@ -54,7 +51,7 @@ def in_turns(
         for name in names[at:] + names[:at]:
             prepare, work = turns[name]
             prepare()
-            found[name].append(timed(work, realtime))
+            found[name].append(timed(work, first))
     return found
 
 

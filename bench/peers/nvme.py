@@ -34,7 +34,7 @@ WIRES = [(MI, 8, 1), (MI, 32, 1), (8 * MI, 8, 1), (8 * MI, 4, 2), (8 * MI, 4, 4)
 STEP_WIRE = (MI, 32, 4)
 
 
-def wire(path: Path, mib: int, rounds: int, realtime: bool) -> dict[str, Any]:
+def wire(path: Path, mib: int, rounds: int, first: bool) -> dict[str, Any]:
     """MiB/s of one file of `mib` MiB each way, by setting."""
     aio = get_accelerator().create_op_builder("AsyncIOBuilder").load()
     file = path / "wire"
@@ -47,7 +47,7 @@ def wire(path: Path, mib: int, rounds: int, realtime: bool) -> dict[str, Any]:
         name = f"block {block // MI} MiB, depth {depth}, threads {threads}"
         turns[f"read: {name}"] = (_nothing, lambda h=handle, b=buffer: h.sync_pread(b, str(file), 0))
         turns[f"write: {name}"] = (_nothing, lambda h=handle, b=buffer: _write(h, b, file))
-    return {"mib": mib, "turns": in_turns(turns, rounds, realtime)}
+    return {"mib": mib, "turns": in_turns(turns, rounds, first)}
 
 
 def _nothing() -> None:
@@ -97,7 +97,7 @@ def engine(path: Path, units: int, unit_mi: int, pipelined: bool) -> Any:
     return made
 
 
-def step(path: Path, rounds: int, realtime: bool, units: int, unit_mi: int, pipelined: bool) -> dict[str, Any]:
+def step(path: Path, rounds: int, first: bool, units: int, unit_mi: int, pipelined: bool) -> dict[str, Any]:
     """Seconds of ``engine.step()``, and of the backward that writes the gradients."""
     made = engine(path, units, unit_mi, pipelined)
     x = torch.randn(1, 1024).bfloat16()
@@ -111,7 +111,7 @@ def step(path: Path, rounds: int, realtime: bool, units: int, unit_mi: int, pipe
         in_turns(turns, 1, False)
     ordered = {"backward": [], "step": []}
     for _ in range(rounds):  # one follows from the other: always in this order
-        for name, values in in_turns(turns, 1, realtime).items():
+        for name, values in in_turns(turns, 1, first).items():
             ordered[name] += values
     return {"units": units, "unit_mi": unit_mi, "pipelined": pipelined, "turns": ordered}
 
@@ -125,15 +125,15 @@ def main() -> None:
     p.add_argument("--units", type=int, default=4)
     p.add_argument("--unit-mi", type=int, default=25)
     p.add_argument("--pipelined", action="store_true", help="read and write under the update, as documented")
-    p.add_argument("--realtime", action="store_true", help="turns run before everybody else's work (root)")
+    p.add_argument("--first", action="store_true", help="turns go before everybody else's work (root)")
     a = p.parse_args()
     folder = a.path / "deepspeed-nvme"
     folder.mkdir(parents=True)
     try:
         if a.what == "wire":
-            found = wire(folder, a.mib, a.rounds, a.realtime)
+            found = wire(folder, a.mib, a.rounds, a.first)
         else:
-            found = step(folder, a.rounds, a.realtime, a.units, a.unit_mi, a.pipelined)
+            found = step(folder, a.rounds, a.first, a.units, a.unit_mi, a.pipelined)
         print(MARK + json.dumps({"deepspeed": deepspeed.__version__, **found}))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
