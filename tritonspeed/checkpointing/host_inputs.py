@@ -198,6 +198,8 @@ class HostInputs:
         return _Buffer(host_empty(elems.numel(), elems.dtype, pin=elems.device.type == "cuda"))
 
     def _give_back(self, buffer: _Buffer) -> None:
+        if buffer.busy is not None:  # a backward that ended early leaves a copy on its way to memory that goes now
+            torch.cuda.current_stream().wait_event(buffer.busy)
         self.host_bytes -= buffer.elems.nbytes
         self._free.append(buffer)
 
