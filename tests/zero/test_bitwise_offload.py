@@ -92,7 +92,7 @@ def test_accumulated_gradients_are_neither_lost_nor_doubled(ranks, tmp_path, wor
         assert_same(got)
 
 
-def uneven(way: ts.Offload) -> list[torch.Tensor]:
+def uneven(way: ts.Offload) -> list[torch.Tensor | None]:
     """Masters after steps of 1, 3, 2 and 1 backwards: what was 16 bits alone must not be when more is added."""
     torch.manual_seed(0)
     model = wide()
@@ -108,7 +108,7 @@ def uneven(way: ts.Offload) -> list[torch.Tensor]:
     return [ts.zero.safe_get_full_fp32_param(p) for p in model.parameters()]
 
 
-def uneven_everywhere(folder: str) -> dict[str, list[torch.Tensor]]:
+def uneven_everywhere(folder: str) -> dict[str, list[torch.Tensor | None]]:
     return {name: uneven(way) for name, way in {"device": ts.Offload(), **offloads(folder)}.items()}
 
 
@@ -160,7 +160,7 @@ def test_whole_tensor_optimizers_are_refused(optimizer, tmp_path, ranks):
         ranks(1, sharded_training, 2, 1, 1, "bf16", {"offload": ts.Offload(optimizer="cpu")}, wide, optimizer)
 
 
-def states(folder: str) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+def states(folder: str) -> tuple[list, list]:
     """Exp_avg of every parameter after five steps: on the device and on disk; and read, changed and read on disk."""
     found = []
     for way in (ts.Offload(), ts.Offload(optimizer="nvme", path=Path(folder), tile_elems=TILE)):
