@@ -201,6 +201,23 @@ def test_a_fetch_from_one_slot_comes_after_a_store_under_way(folder, monkeypatch
     handle.wait()
 
 
+def test_a_second_store_comes_after_the_first_one_of_the_same_elements(folder, monkeypatch):
+    flat, values, really, calls = folder.flat("a", "master", torch.float32, 2048), noise(2048), os.pwritev, []
+    folder.commit(0)
+
+    def first_is_slow(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            time.sleep(0.05)
+        return really(*args)
+
+    monkeypatch.setattr(os, "pwritev", first_is_slow)
+    flat.store(0, on_pages(noise(2048)))
+    flat.store(0, on_pages(values)).wait()
+    folder.commit(1)
+    assert torch.equal(flat.read(0, 2048), values) and verify(folder.folder) == 1
+
+
 def test_a_step_that_is_stored_again_is_committed_as_stored_last(folder, monkeypatch):
     flat, really = folder.flat("a", "master", torch.float32, 20_000), os.pwritev
     folder.commit(0)

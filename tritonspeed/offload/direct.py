@@ -221,7 +221,7 @@ class DirectFile:
                 try:
                     num_bytes = call(self._descriptor, [view[done:]], at)
                 except OSError as error:
-                    if error.errno == errno.EINVAL and was_direct:
+                    if error.errno == errno.EINVAL and was_direct:  # refused, or what is left begins within a page
                         self._leave_direct()
                         continue
                     raise self._explained(error, way, at, len(view) - done) from error
@@ -233,8 +233,6 @@ class DirectFile:
                         str(self.path),
                     )
                 done += num_bytes
-                if num_bytes % PAGE_BYTES and done < len(view):
-                    self._leave_direct()  # the rest begins within a page
         if not self.is_direct and way == "read":
             os.posix_fadvise(self._descriptor, self.begin + offset, len(view), os.POSIX_FADV_DONTNEED)
 
