@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def timed(work: Callable[[], object], first: bool) -> dict[str, float]:
 
 
 def in_turns(
-    turns: dict[str, tuple[Callable[[], object], Callable[[], object]]], rounds: int, first: bool
+    turns: Mapping[str, tuple[Callable[[], object], Callable[[], object]]], rounds: int, first: bool
 ) -> dict[str, list[dict[str, float]]]:
     """Every round runs every (prepare, work) once, each round beginning with another; only the work is timed."""
     names = list(turns)
