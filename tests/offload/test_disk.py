@@ -212,9 +212,10 @@ def test_a_second_store_comes_after_the_first_one_of_the_same_elements(folder, m
         return really(*args)
 
     monkeypatch.setattr(os, "pwritev", first_is_slow)
-    flat.store(0, on_pages(noise(2048)))
+    first = flat.store(0, on_pages(noise(2048)))
     flat.store(0, on_pages(values)).wait()
     folder.commit(1)
+    first.wait()
     assert torch.equal(flat.read(0, 2048), values) and verify(folder.folder) == 1
 
 
