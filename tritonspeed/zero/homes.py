@@ -12,7 +12,8 @@ lent from a pool: the buffers of all gradients stay, and the ledger's host accou
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -186,6 +187,14 @@ class Homes:
             link: (n - before.get(link, (0, 0.0))[0], t - before.get(link, (0, 0.0))[1]) for link, (n, t) in now.items()
         }
         return {link: moved for link, moved in since.items() if now[link][0]}
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """What is edited on disk inside becomes the truth at the end, in one commit."""
+        with ExitStack() as open_folders:
+            for folder in self.folders:
+                open_folders.enter_context(folder.editing())
+            yield
 
     def commit(self, step: int, facts: dict[str, Any]) -> None:
         """Make what was stored on disk since the last time durable, and the truth."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -437,8 +438,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.inner.load_state_dict(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        for tile in (tile for tiles in self._tiles_in.values() for tile in tiles):
-            tile.take_over(self.state)
+        with self.homes.editing() if self.homes else nullcontext():
+            for tile in (tile for tiles in self._tiles_in.values() for tile in tiles):
+                tile.take_over(self.state)
         self._state_bytes = 0
 
 
