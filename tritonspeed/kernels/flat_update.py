@@ -15,12 +15,13 @@ from tritonspeed.kernels.cards import Card
 from tritonspeed.kernels.rounding import GROUP_ELEMS, round_stochastic_reference
 
 # AdamW, ns per element on one thread at 32 Mi (bf16 gradient, scale, bf16 copy; AMD EPYC with 1 MiB of L2 a core), by
-# chunk: 128 Ki 1.13, 256 Ki 0.95, 512 Ki 0.94, 1 Mi 0.98, 2 Mi 1.10. In a quieter run, 1 thread / 2 threads:
-#     in chunks, as here             0.77 / 0.41
-#     torch.compile, one pass        0.80 / 0.32    wants a C++ compiler and half a minute: not taken by itself
-#     torch fused, whole tensors     1.90 / 0.98
-#     torch foreach                  4.04 / 2.10
-#     adamw_reference               15.1  / 10.1
+# chunk: 128 Ki 1.13, 256 Ki 0.95, 512 Ki 0.94, 1 Mi 0.98, 2 Mi 1.10. In a quieter run, 64 Mi on large pages, 1 thread /
+# 2 threads:
+#     in chunks, as here             0.60 / 0.40
+#     one pass, ``host_step``        0.43 / 0.24    wants a C++ compiler and 12 s: for large models
+#     torch.compile as it is         0.59 / 0.32
+#     torch fused, whole tensors     1.61 / 1.02
+# torch foreach was 5 and adamw_reference 20 times slower than chunks.
 CPU_CHUNK_ELEMS = 512 * 1024
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPY_DTYPES = (torch.bfloat16, torch.float16)

@@ -30,8 +30,8 @@ from tritonspeed.kernels.flat_update import FlatTensors
 
 log = logging.getLogger("tritonspeed")
 
-# A pass takes 4 to 12 s to compile, once for a machine, and saves 0.15 ns an element and step on two cores: 100 M
-# elements pay for it within 800 steps.
+# A pass takes 4 to 12 s to compile, once for a machine, and saves 0.17 ns an element and step on one core or two: 100 M
+# elements pay for it within 700 steps.
 COMPILED_FROM_ELEMS = 100_000_000
 FORMS = ("auto", "compiled", "chunked")
 OPTIONS = {
@@ -233,8 +233,8 @@ def _nothing() -> Iterator[None]:
 def _full_vectors() -> Iterator[None]:
     """Inductor's loop in steps of a whole vector of 16-bit elements, for what this thread compiles meanwhile.
 
-    It would step by a vector of fp32 and load half vectors of 16 bits, through a mask and across cache lines: 0.63 ns
-    an element on one thread, where whole ones take 0.47. A torch without that class compiles the slower loop.
+    It would step by a vector of fp32 and load half vectors of 16 bits, through a mask and across cache lines: 0.59 ns
+    an element on one thread, where whole ones take 0.43. A torch without that class compiles the slower loop.
     """
     from torch._inductor.codegen import cpp
 

@@ -11,7 +11,7 @@ Types    p, m fp32; g fp32, bf16 or fp16; out bf16 or fp16
 Bytes    n · (16 + itemsize(g) + itemsize(out)): 20 n with a 16-bit gradient and copy
 Flops    10 n
 Source   Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675
-Roof     not measured yet
+Roof     GPU: not measured yet. CPU (2 cores of an AMD EPYC): decision 015
 
 Every operation is rounded by itself, as in ``adamw.py``: the kernel, the CPU form and ``lion_reference`` agree to the
 last bit. An update is ± η or 0, so that a rounding which turns the sign of a vanishing sum changes a weight by 2 η.
