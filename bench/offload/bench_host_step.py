@@ -152,7 +152,7 @@ class Peer:
 def measure(rule: str, num_threads: int, b: Buffers, options: argparse.Namespace) -> list[Row]:
     """All variants of one rule in turns."""
     torch.set_num_threads(num_threads)
-    calls = {
+    calls: dict[str, Callable[[], float]] = {
         name: (lambda run=run: time_call_ms(run, CPU)) for name, run in variants_of(rule, b, options.with_torch).items()
     }
     peers = {}
