@@ -11,7 +11,9 @@ from tritonspeed.offload.tiers import Tier
 if TYPE_CHECKING:
     from tritonspeed.config import Config
 
-TILE_ELEMS = 4 * 2**20  # 16 MiB of each fp32 tensor: long enough for the disk, and a ring of four is under 200 MiB
+# 16 MiB of each fp32 tensor: a ring of four takes 192 MiB. From 1 to 8 Mi, a step on disk took the same time, but for
+# noise.
+TILE_ELEMS = 4 * 2**20
 MIN_TILE_ELEMS = 16384  # four pages of bytes: room to end a tile where no chunk is left too small for 8-bit moments
 
 
@@ -51,7 +53,8 @@ class Offload:
         parameters_path: folder of the parameters' files; None is ``path``.
         ratio: fraction of masters and moments that is offloaded, in whole buckets.
         pin_memory: page-lock host memory, where a GPU reads it.
-        buffers: tiles of masters and moments in memory at once, where they are on disk.
+        buffers: tiles of masters and moments in memory at once, where they are on disk. Of what the disk allows, an
+            AdamW step reached 72 % with 2, 86 % with 3, 85 to 99 % with 4, and no more with 6.
         parameter_buffers, parameter_buffer_elems: reading ahead holds at most so many buffers of so many elements; one
             unit always may.
         max_in_cpu: parameter elements that stay in host memory, where the rest is on disk.
