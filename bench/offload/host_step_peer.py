@@ -32,7 +32,8 @@ def step_of(rule: str, pages: str, num_elems: int) -> Callable[[], object]:
     from deepspeed.ops.lion import DeepSpeedCPULion
 
     master = torch.nn.Parameter(empty(num_elems, torch.float32, pages).uniform_())
-    master.grad = empty(num_elems, torch.float32, pages).uniform_()
+    grad = empty(num_elems, torch.float32, pages).uniform_()
+    master.grad = grad
     copy = empty(num_elems, torch.bfloat16, pages).zero_()
     if rule == "adamw":
         settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -47,7 +48,7 @@ def step_of(rule: str, pages: str, num_elems: int) -> Callable[[], object]:
     optimizer.state[master].update({"step": 0, **states})
 
     def step() -> None:
-        master.grad.mul_(0.999)
+        grad.mul_(0.999)
         optimizer.step()
         copy.copy_(master.data)
 
