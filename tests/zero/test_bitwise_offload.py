@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from beside import host_apart
 from lockstep import options, sharded_training
 from models import Net, batch
 
 import tritonspeed as ts
+from tritonspeed.kernels import host_step
 
 STEPS = 10
 TILE = 16384  # the least: several tiles to a bucket of the wide model
@@ -196,3 +199,23 @@ def test_states_on_disk_are_read_set_saved_and_loaded(ranks, tmp_path):
     for (device, disk), changed in ranks(2, states, str(tmp_path)):
         assert all(a.equal(b) for a, b in zip(device, disk, strict=True))
         assert all(c.abs().max() < 1e-6 for c in changed)
+
+
+def one_rank_without_compiler() -> str:
+    """What the ranks take where the last of them cannot compile, of a model that is worth it."""
+    shard = sys.modules["tritonspeed.zero.shard"]  # the package has a function of that name
+    lacks, num_elems = host_step._lacks_compiler, shard.COMPILED_FROM_ELEMS
+    host_step.use_host_step("auto")
+    host_step.COMPILED_FROM_ELEMS = shard.COMPILED_FROM_ELEMS = 1
+    host_step._lacks_compiler = lambda: "no compiler" if dist.get_rank() == dist.get_world_size() - 1 else None
+    try:
+        sharded_training(1, 1, make=wide)
+        return host_step.host_step()
+    finally:
+        host_step._lacks_compiler = lacks
+        host_step.COMPILED_FROM_ELEMS = shard.COMPILED_FROM_ELEMS = num_elems
+        host_step.use_host_step("auto")
+
+
+def test_ranks_take_one_form_of_the_host_step(ranks):
+    assert ranks(2, one_rank_without_compiler) == ["chunked", "chunked"]

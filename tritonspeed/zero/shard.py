@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
+from tritonspeed.kernels.host_step import COMPILED_FROM_ELEMS, choose_host_step, use_host_step
 from tritonspeed.offload import Offload
 from tritonspeed.precision import LossScaler, Policy
 from tritonspeed.zero.bucket import Bucket
@@ -118,6 +119,8 @@ class ShardedModel:
 
     def attach(self, optimizer: torch.optim.Optimizer, **options: Any) -> ZeroOptimizer:
         """Step ``optimizer`` on this model's shards; ``options`` are those of ``ZeroOptimizer``."""
+        if self.mesh.device.type == "cpu" or self.homes.offloads_optimizer:
+            _choose_host_step(sum(s.numel for bucket in self.reducer.buckets for s in bucket.layout.spans), self.mesh)
         self.stepper = ZeroOptimizer(
             optimizer,
             self.reducer.buckets,
@@ -170,6 +173,17 @@ class ShardedModel:
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied or pickled model is an ordinary one: see ``guard``
+
+
+def _choose_host_step(num_elems: int, mesh: Mesh) -> None:
+    """One form of the update on all ranks: replicas would drift apart by last bits. Collective for large models."""
+    mine = choose_host_step(num_elems)
+    if num_elems < COMPILED_FROM_ELEMS or mesh.is_simulated:
+        return
+    compiles = torch.full((1,), float(mine == "compiled"), dtype=torch.float64, device=mesh.device)
+    everywhere = all(comm.read_scalars(mesh, comm.exchange(mesh, compiles).flatten()))
+    if mine == "compiled" and not everywhere:
+        use_host_step("chunked")
 
 
 def _check_free(model: nn.Module) -> None:

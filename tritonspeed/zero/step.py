@@ -24,7 +24,6 @@ from torch import Tensor
 
 from tritonspeed.comm import Mesh, Pending
 from tritonspeed.kernels.flat_update import COPY_DTYPES
-from tritonspeed.kernels.host_step import choose_host_step
 from tritonspeed.offload import Tier
 from tritonspeed.offload.stream import Buffer, Ring
 from tritonspeed.optim import AdamW, check_elementwise
@@ -125,8 +124,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if any(group.get("stochastic_rounding") for group in inner.param_groups):
             for bucket in buckets:
                 bucket.keep_rounded()
-        if any(chunk.master.device.type == "cpu" for chunk in self.chunks):
-            choose_host_step(sum(span.numel for bucket in buckets for span in bucket.layout.spans))
         self.last: StepFacts | None = None
         self.overflow = False
         self._state_bytes = 0
