@@ -187,7 +187,8 @@ def main() -> None:
             results[job.name].append(found)
             medians = {name: round(statistics.median(seconds(turns)), 3) for name, turns in merged([found]).items()}
             print(job.name, medians or found, flush=True)
-        write(results, a.note, a.out)
+        if any("turns" in found for found in results[_label(BASE)]):
+            write(results, a.note, a.out)
 
 
 def write(results: dict[str, list[dict[str, Any]]], note: str, out: Path) -> None:
