@@ -54,7 +54,7 @@ class Offload:
         ratio: fraction of masters and moments that is offloaded, in whole buckets.
         pin_memory: page-lock host memory, where a GPU reads it.
         buffers: tiles of masters and moments in memory at once, where they are on disk. Of what the disk allows, an
-            AdamW step reached 72 % with 2, 86 % with 3, 85 to 99 % with 4, and no more with 6.
+            AdamW step reached 72 % with 2, 86 % with 3, 83 to 99 % with 4, and no more with 6.
         parameter_buffers, parameter_buffer_elems: reading ahead holds at most so many buffers of so many elements; one
             unit always may.
         max_in_cpu: parameter elements that stay in host memory, where the rest is on disk.
