@@ -289,7 +289,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return not tiles or tiles[-1].has_left
 
     def _update_chunk(self, tile: Tile, chunk: Chunk, scale: Tensor, groups: list[dict[str, Any]] | None) -> None:
-        begun = time.perf_counter()
+        is_away = self.homes is not None and chunk.bucket.tier is not Tier.DEVICE
+        begun = time.perf_counter() if is_away else 0.0
         copy, gradient = tile.copy_of(chunk), tile.gradient_of(chunk)
         flat = getattr(self.inner, "step_flat_", None)
         fused = copy if copy is None or copy.dtype in COPY_DTYPES else None
@@ -301,7 +302,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._step_generic([(chunk, gradient)], {chunk.master.device: scale})
         if copy is not None and (flat is None or fused is None):
             copy.copy_(chunk.master)
-        if self.homes is not None and chunk.bucket.tier is not Tier.DEVICE:
+        if is_away:
+            assert self.homes is not None, "another tier than the device has homes"
             states = [s for s in self.state.get(chunk.master, {}).values() if isinstance(s, Tensor)]
             num_bytes = gradient.nbytes + (0 if copy is None else copy.nbytes)
             num_bytes += sum(2 * t.nbytes for t in (chunk.master, *states))
