@@ -54,7 +54,7 @@ def explain_plan(sharded: ShardedModel, optimizer: ZeroOptimizer | None) -> str:
         table.add_column(name, justify="right" if name in ("parameters", "elements", "slice", "bytes here") else "left")
     table.add_column("who gathers when")
     for bucket in sharded.buckets:
-        states = optimizer.state_bytes_of(bucket) if optimizer else 0
+        states = optimizer.states.bytes_of(bucket) if optimizer else 0
         whole = 0 if bucket.frees else bucket.layout.numel * bucket.types.compute.itemsize
         aliased = bucket.master is not None and not bucket.frees and bucket.types.compute == bucket.types.master
         own = (None if aliased else bucket.master, bucket.shard, bucket.grad, bucket.outbox)

@@ -45,10 +45,10 @@ def _gradient(bucket: Bucket, lo: int, hi: int) -> Tensor | None:
 
 def _state(bucket: Bucket, key: str, lo: int, hi: int) -> Tensor | None:
     """None where this rank has no such state at all, empty where none of it falls into [lo, hi)."""
-    found = [values for values, _ in _stepper(bucket).state_views(bucket, key, lo, hi)]
+    found = [values for values, _ in _stepper(bucket).states.views(bucket, key, lo, hi)]
     if found:
         return torch.cat(found).to(bucket.types.master)  # of whatever it is kept in
-    some = next(_stepper(bucket).state_views(bucket, key, *bucket.own), None)
+    some = next(_stepper(bucket).states.views(bucket, key, *bucket.own), None)
     return None if some is None else torch.empty(0, dtype=bucket.types.master, device=bucket.mesh.device)
 
 
@@ -116,9 +116,9 @@ def safe_set_full_optimizer_state(param: Parameter, value: Tensor, optim_state_k
     flat = _check_shape(param, value)
     _, bucket, index = place_of(param)
     span = bucket.layout.spans[index]
-    if next(_stepper(bucket).state_views(bucket, optim_state_key, *bucket.owned), None) is None:
+    if next(_stepper(bucket).states.views(bucket, optim_state_key, *bucket.owned), None) is None:
         raise ValueError(f"the optimizer has no {optim_state_key!r} to set yet: its first step makes it")
-    _stepper(bucket).set_state(bucket, optim_state_key, span.offset, flat)
+    _stepper(bucket).states.set(bucket, optim_state_key, span.offset, flat)
 
 
 def safe_get_local_fp32_param(param: Parameter) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from tritonspeed.comm import Mesh, Pending
 from tritonspeed.kernels.flat_update import COPY_DTYPES
 from tritonspeed.offload import Tier
 from tritonspeed.offload.stream import Buffer, Ring
-from tritonspeed.optim import AdamW, check_elementwise
+from tritonspeed.optim import check_elementwise
 from tritonspeed.precision import LossScaler, ScaleEvent
 from tritonspeed.zero.bucket import Bucket, ShardState
 from tritonspeed.zero.chunk import Chunk
@@ -37,6 +36,7 @@ from tritonspeed.zero.layout import round_up
 from tritonspeed.zero.ledger import Ledger
 from tritonspeed.zero.measure import measure
 from tritonspeed.zero.reduce import Reducer
+from tritonspeed.zero.states import ShardedStates
 from tritonspeed.zero.tile import Tile, cut_tiles, is_staged
 from tritonspeed.zero.whole import needs_whole, whole_step_of
 
@@ -113,6 +113,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         group_of_name = self._groups_by_name()
         self.homes, self.late, self.num_steps = homes, LateUpdates(), 0
         self._tiles_in: dict[int, list[Tile]] = {}
+        self.states = ShardedStates(inner, self._tiles_in, self.late, homes)
         self._group_of: dict[int, int] = {}
         self.chunks = self._take_over(group_of_name, 0 if needs_whole(inner) else sub_group_size)
         self._chunks_in: dict[int, list[Chunk]] = {id(bucket): [] for bucket in buckets}
@@ -348,47 +349,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Until ``bucket`` has been updated."""
         self.late.wait_for(bucket)
 
-    def state_views(self, bucket: Bucket, key: str, lo: int, hi: int) -> Iterator[tuple[Tensor, int]]:
-        """The optimizer's tensor ``key`` of the bucket's elements [lo, hi), as (values, first element), in order.
-
-        What is on disk is only there until the next is asked for.
-        """
-        for chunk, state in self._states_in(bucket, key, lo, hi):
-            start, end = max(lo, chunk.start), min(hi, chunk.end)
-            yield state[start - chunk.start : end - chunk.start], start
-
-    def set_state(self, bucket: Bucket, key: str, lo: int, values: Tensor) -> None:
-        """Set what this rank has of the optimizer's tensor ``key`` of the bucket's elements from ``lo`` on."""
-        for chunk, state in self._states_in(bucket, key, lo, lo + values.numel(), changes=True):
-            start, end = max(lo, chunk.start), min(lo + values.numel(), chunk.end)
-            part = values[start - lo : end - lo]
-            if isinstance(self.inner, AdamW):
-                self.inner.set_state_values_(chunk.master, key, chunk.start, start - chunk.start, part)
-            else:
-                state[start - chunk.start : end - chunk.start].copy_(part)
-
-    def _states_in(
-        self, bucket: Bucket, key: str, lo: int, hi: int, changes: bool = False
-    ) -> Iterator[tuple[Chunk, Tensor]]:
-        """The chunks that [lo, hi) meets, with the whole of their state: decoded, where it is in 8 bits.
-
-        Args:
-            changes: what the caller does to it before it asks for the next is kept.
-        """
-        self.late.finish()
-        for tile in self._tiles_in[id(bucket)]:
-            inside = [chunk for chunk in tile.chunks if max(lo, chunk.start) < min(hi, chunk.end)]
-            if not inside:
-                continue
-            with tile.opened(changes):
-                for chunk in inside:
-                    if isinstance(self.inner, AdamW):
-                        state = self.inner.state_values(chunk.master, key, chunk.start)
-                    else:
-                        state = self.state.get(chunk.master, {}).get(key)
-                    if isinstance(state, Tensor) and state.numel() == chunk.end - chunk.start:
-                        yield chunk, state
-
     def _chunks_of(self, bucket: Bucket) -> list[Chunk]:
         return self._chunks_in[id(bucket)]
 
@@ -403,15 +363,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _count_state(self) -> None:
         if not self._state_bytes:  # states are made in the first step, and keep their size
             for bucket in self.buckets:
-                num_bytes = self.state_bytes_of(bucket)
+                num_bytes = self.states.bytes_of(bucket)
                 self._state_bytes += num_bytes
                 self.ledger.of(Tier.DEVICE if bucket.tier is Tier.DEVICE else Tier.HOST).add("optimizer", num_bytes)
-
-    def state_bytes_of(self, bucket: Bucket) -> int:
-        """Bytes in memory of the optimizer's tensors for one bucket on this rank."""
-        states = [self.state.get(chunk.master, {}) for chunk in self._chunks_of(bucket)]
-        tensors = [t for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim]
-        return sum(t.nbytes for t in tensors if t.stride(0) or t.numel() <= 1)  # a placeholder has none
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step."""
@@ -420,26 +374,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard of the optimizer's state, and the loss scaler's. What is on disk is read into memory."""
-        self.late.finish()
-        packed = self.inner.state_dict()
-        numbers = {id(p): i for i, p in enumerate(p for group in self.inner.param_groups for p in group["params"])}
-        for tile in (tile for tiles in self._tiles_in.values() for tile in tiles if tile.on_disk):
-            with tile.opened():
-                for chunk in tile.chunks:
-                    state = self.state.get(chunk.master, {})
-                    copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-                    packed["state"][numbers[id(chunk.master)]] = copied
-        return {"optimizer": packed, "scaler": self.scaler.state_dict()}
+        return {"optimizer": self.states.save(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned on this rank, at the same world size and stage."""
-        self.late.finish()
-        self.inner.load_state_dict(state_dict["optimizer"])
+        self.states.load(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        with self.homes.editing() if self.homes else nullcontext():
-            for tile in (tile for tiles in self._tiles_in.values() for tile in tiles):
-                tile.take_over(self.state)
         self._state_bytes = 0
 
 
