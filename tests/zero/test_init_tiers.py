@@ -136,8 +136,8 @@ def test_a_checkpoint_goes_to_disk_unit_by_unit(tmp_path: Path, monkeypatch: pyt
     sharding, counts = import_module("tritonspeed.zero.shard"), []
     usual = sharding.materialise
 
-    def noted(*args: Any) -> None:
-        usual(*args)
+    def noted(*args: Any, **kwargs: Any) -> None:
+        usual(*args, **kwargs)
         counts.append(num_bytes_alive())
 
     monkeypatch.setattr(sharding, "materialise", noted)

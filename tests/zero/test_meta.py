@@ -12,6 +12,7 @@ from cases import one_pass, sgd
 from models import Block, Net
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import tritonspeed as ts
 from tritonspeed.zero.layout import SLICE_ALIGNMENT_BYTES, round_up
@@ -168,7 +169,7 @@ def num_bytes_alive() -> int:
     """Bytes of all the storages that tensors in this process have."""
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+        if issubclass(type(thing), Tensor) and not isinstance(thing, FakeTensor) and thing.device.type == "cpu":
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
