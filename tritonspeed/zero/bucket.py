@@ -132,8 +132,7 @@ class Bucket(Gradient):
     @property
     def rounds_master(self) -> bool:
         """Whether the shard is the rounded master, made where it is needed: the master stands where modules compute."""
-        shares = self.homes is None or self.homes.shares_memory
-        return self.tier is Tier.DEVICE or (self.tier is Tier.HOST and shares)
+        return self.tier is not Tier.DISK and not self.is_apart
 
     def _cut_master(self, values: Tensor) -> None:
         """This rank's masters, in their tier.
@@ -149,27 +148,23 @@ class Bucket(Gradient):
             self.master = values[lo:hi].to(master, copy=True)
             self.ledger.add(category, self.master.nbytes)
         elif self.tier is Tier.HOST:
-            assert self.homes is not None, "another tier than the device has homes"
-            self.master = self.homes.empty(hi - lo, master).copy_(values[lo:hi])
+            self.master = self.home.empty(hi - lo, master).copy_(values[lo:hi])
             self.ledger.host.add(category, self.master.nbytes)
         else:
-            assert self.homes is not None, "another tier than the device has homes"
-            self.master_flat = self.homes.on_disk(self.name, "master", master, self.layout, self.owned)
+            self.master_flat = self.home.on_disk(self.name, "master", master, self.layout, self.owned)
             self.master_flat.fill(values[lo:hi].to("cpu", master))
 
     def _cut_shard(self) -> None:
         """This rank's slice in the compute dtype, in its tier."""
         own = self.whole[slice(*self.own)]
         if self.shard_tier is Tier.DISK:
-            assert self.homes is not None, "another tier than the device has homes"
-            self.shard_flat = self.homes.on_disk(
+            self.shard_flat = self.home.on_disk(
                 self.name, "parameters", self.types.compute, self.layout, self.own, slots=1
             )
             self.shard_flat.fill(own.to("cpu"))
         elif self.shard_tier is Tier.HOST:
-            assert self.homes is not None, "another tier than the device has homes"
-            self.shard = self.homes.empty(own.numel(), own.dtype, crosses=True).copy_(own)
-            self.shard_crosses = not self.homes.shares_memory
+            self.shard = self.home.empty(own.numel(), own.dtype, crosses=True).copy_(own)
+            self.shard_crosses = not self.home.shares_memory
             self.ledger.host.add("parameters", self.shard.nbytes)
         else:
             self.shard = own.clone()
@@ -208,12 +203,11 @@ class Bucket(Gradient):
     def _has_room(self) -> bool:
         if self.shard_flat is None:
             return True
-        assert self.homes is not None, "another tier than the device has homes"
-        return self.homes.may_stage(self.layout.slice_numel * self.types.compute.itemsize)
+        return self.home.may_stage(self.layout.slice_numel * self.types.compute.itemsize)
 
     def _fetch_shard(self) -> tuple[Handle, Tensor]:
-        assert self.homes is not None and self.shard_flat is not None, "a shard on disk has a home"
-        staging = self.homes.stage(self.shard_flat.numel, self.shard_flat.dtype)
+        assert self.shard_flat is not None, "what is fetched is on disk"
+        staging = self.home.stage(self.shard_flat.numel, self.shard_flat.dtype)
         return self.shard_flat.fetch(0, self.shard_flat.numel, staging), staging
 
     def settle(self, committed: bool = False) -> None:

@@ -154,16 +154,14 @@ class Gradient:
     def _widened(self, narrow: Tensor) -> Tensor:
         wide = self.types.accumulate
         if self._crosses:
-            assert self.homes is not None, "what crosses has a home"
-            return self.homes.lend("gradients", narrow.numel(), wide, crosses=False).copy_(narrow)
+            return self.home.lend("gradients", narrow.numel(), wide, crosses=False).copy_(narrow)
         self._account.add("gradients", narrow.numel() * wide.itemsize)
         return narrow.to(wide)
 
     def _free_sum(self, total: Tensor) -> None:
         """``total`` was a ``grad``, or was added to it."""
         if self._crosses:
-            assert self.homes is not None, "what crosses has a home"
-            self.homes.take_back("gradients", total)
+            self.home.take_back("gradients", total)
         else:
             self._account.add("gradients", -total.nbytes)
 
@@ -186,16 +184,25 @@ class Gradient:
     @property
     def _crosses(self) -> bool:
         """Whether sums leave the device at once. At stage 0 they are gathered first, and cross as they are used."""
-        elsewhere = self.homes is not None and not self.homes.shares_memory and self.tier is not Tier.DEVICE
-        return elsewhere and self.owned == self.own
+        return self.is_apart and self.owned == self.own
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether masters are in memory that is not the device's: what goes to them and comes from them is copied."""
+        return self.homes is not None and not self.homes.shares_memory and self.tier is not Tier.DEVICE
+
+    @property
+    def home(self) -> Homes:
+        """``homes``, of a bucket of which something lives elsewhere than on the device."""
+        assert self.homes is not None, "another tier than the device has homes"
+        return self.homes
 
     def _to_host(self, total: Tensor) -> None:
         """Start ``total``, a sum over the ranks, on its way."""
-        assert self.homes is not None, "what crosses has a home"
         self.land()
         self._squares = sum_of_squares(total) if self.grad is None else None
-        place = self.homes.lend("gradients", total.numel(), total.dtype)
-        self._landing = (self.homes.leave(total, place), place)
+        place = self.home.lend("gradients", total.numel(), total.dtype)
+        self._landing = (self.home.leave(total, place), place)
 
     def land(self) -> None:
         """Until the sum is where it is added to an earlier one, or used; nothing where none is under way."""

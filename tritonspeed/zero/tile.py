@@ -90,8 +90,7 @@ class Tile:
         self._copies: list[tuple[Tensor, Tensor]] = []  # (host memory, where on the device it goes)
         self._gradient: Tensor | None = None  # where it has to come from the device first
         self.needs_buffer = is_staged(bucket, homes)
-        is_apart = homes is not None and not homes.shares_memory and bucket.tier is not Tier.DEVICE
-        self._copy_crosses = is_apart and not bucket.shard_crosses
+        self._copy_crosses = bucket.is_apart and not bucket.shard_crosses
         self.has_left = True
         self._has_gaps = sum(chunk.end - chunk.start for chunk in chunks) < hi - lo
 
