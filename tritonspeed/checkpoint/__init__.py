@@ -1,0 +1,29 @@
+"""Checkpoints: plain safetensors for any number of ranks, stage and tier, committed whole or not at all.
+
+    record     one flat run of values that a rank has to save       manifest   the JSON beside the files
+    source     a checkpoint to read from, whoever wrote it          errors     what can be wrong with one
+
+The format is specified in docs/checkpoint-format.md.
+"""
+
+from tritonspeed.checkpoint.errors import (
+    CheckpointBusy,
+    CheckpointError,
+    CorruptCheckpoint,
+    MismatchedCheckpoint,
+    SaveFailed,
+)
+from tritonspeed.checkpoint.record import Record
+from tritonspeed.checkpoint.source import ParameterFacts, RunFacts, Source
+
+__all__ = [
+    "CheckpointBusy",
+    "CheckpointError",
+    "CorruptCheckpoint",
+    "MismatchedCheckpoint",
+    "ParameterFacts",
+    "Record",
+    "RunFacts",
+    "SaveFailed",
+    "Source",
+]
