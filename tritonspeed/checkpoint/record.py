@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed.offload.disk import DiskFlat
+from tritonspeed.offload.held import Held
 from tritonspeed.offload.memory import host_empty
 from tritonspeed.offload.page_file import PageFile
 
@@ -27,20 +28,24 @@ class Record:
         file: bucket, kind, dtype, elements, and which parameters' elements stand where; rank and world.
         read: elements [lo, hi) of the flat, (hi - lo,), ``file.dtype``, on any device: a view where it can.
         flat: files of the disk tier whose committed slot is exactly this flat; None where it is in memory.
+        held: that slot, kept as it is (``snapshot`` does, or ``flat.hold()``): ``held.place(path)`` instead of writing
+            the file, ``held.digests()`` of it, ``held.release()`` at the end.
     """
 
     file: PageFile
     read: Callable[[int, int], Tensor]
     flat: DiskFlat | None = None
+    held: Held | None = None
 
     def snapshot(self, empty: Callable[[int, torch.dtype], Tensor] = host_empty) -> Record:
-        """The same values in host memory of their own, which training does not touch. On disk they are so already.
+        """The same values in host memory of their own, which training does not touch; on disk, in the slot they are in.
 
         Args:
             empty: (elements, dtype) → host memory.
         """
         if self.flat is not None:
-            return self
+            slot = self.flat.hold()
+            return replace(self, read=slot.read, held=slot)
         held, step = empty(self.file.numel, self.file.dtype), SNAPSHOT_BYTES // self.file.dtype.itemsize
         for lo in range(0, self.file.numel, step):
             hi = min(lo + step, self.file.numel)

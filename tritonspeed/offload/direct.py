@@ -95,6 +95,7 @@ class Pool:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tritonspeed-disk")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="tritonspeed-digest")
         self.traffic = Traffic()
+        self.is_closed = False
 
     def start(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
         """``work(*args)``, a request, in one of the threads."""
@@ -106,6 +107,7 @@ class Pool:
 
     def close(self) -> None:
         """Wait for what is under way and end the threads."""
+        self.is_closed = True
         self._threads.shutdown()
         self._beside.shutdown()
 
@@ -135,6 +137,7 @@ class DirectFile:
     Attributes:
         is_direct: the page cache is not used.
         is_dirty: written to since the last ``sync``.
+        holders: who needs the bytes as they are, by any number of theirs.
     """
 
     _descriptor = -1  # until it is open
@@ -142,11 +145,22 @@ class DirectFile:
     def __init__(self, path: str | os.PathLike[str], pool: Pool, begin: int, num_bytes: int) -> None:
         assert begin % PAGE_BYTES == 0, f"{path}: contents begin at {begin}, not on a page"
         self.path, self.begin, self.num_bytes, self.is_dirty = Path(path), begin, num_bytes, True
+        self.holders: set[int] = set()
         self._pool = pool
         self._fallback_lock = threading.Lock()
         self._descriptor, self.is_direct = _open(path)
         if not self.is_direct:
             _say_buffered(self.path)
+
+    @property
+    def is_shared(self) -> bool:
+        """Somebody else has it too, under another name or held: its bytes must stay as they are."""
+        return bool(self.holders) or os.fstat(self._descriptor).st_nlink > 1
+
+    @property
+    def descriptor(self) -> int:
+        """For what is no request."""
+        return self._descriptor
 
     def read(self, offset: int, into: Tensor) -> Requested:
         """Start reading into ``into``, contiguous in host memory that begins on a page; ``offset`` is on a page."""

@@ -187,9 +187,11 @@ class DiskFolder:
         try:
             for handle in [handle for flat in synced for handle in flat.syncs()]:
                 handle.wait()
-        except DiskError as error:  # asked again, the system forgets what it lost
+            if any(flat.has_new_name for flat in flats):  # the record must not be there before what it names
+                _sync_folder(self.folder)
+        except OSError as error:  # asked again, the system forgets what it lost
             self._broken = f"what was written could not be synced ({error})"
-            raise
+            raise DiskError(error.errno, error.strerror, error.filename or str(self.folder)) from error
         records = tuple(flat.record(flat in flips) for flat in flats)
         record = CommitRecord(step, self.rank, self.world, records, facts)
         try:

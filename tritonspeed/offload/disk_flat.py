@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,8 @@ import xxhash
 from torch import Tensor
 
 from tritonspeed.offload.commit_record import FlatRecord, digest_of, header_digest
-from tritonspeed.offload.direct import DirectFile, Pool, Requested, bytes_of
+from tritonspeed.offload.direct import DirectFile, DiskError, Pool, Requested, bytes_of
+from tritonspeed.offload.held import Held
 from tritonspeed.offload.memory import PAGE_BYTES, host_empty
 from tritonspeed.offload.page_file import PageFile, create
 from tritonspeed.offload.runs import Run, Runs
@@ -39,9 +41,19 @@ class Owner(Protocol):
 class DiskFlat:
     """A flat on disk, of one slot or two; made by ``DiskFolder.flat``.
 
+    A checkpoint takes the committed slot as it is: between two steps ``hold`` keeps it, and whoever writes the
+    checkpoint, in a thread of its own, links it there.
+
     Attributes:
         numel, dtype: of the flat.
         page_elems: fetches and stores start and end at multiples of it, or at the end.
+        has_new_name: a file was replaced since the last commit: the folder must be synced before the next one.
+
+    Example:
+        >>> held = flat.hold()  # after a commit; microseconds
+        >>> held.place(hidden / "layers.0.master.safetensors")  # "linked", or elsewhere "reflinked" or "copied"
+        >>> held.digests()  # ((lo, hi, xxh3_64 in hex), ...), bytes, all of the flat
+        >>> held.release()  # when the checkpoint is committed or given up; what was placed stays
     """
 
     def __init__(self, folder: Owner, file: PageFile, paths: Sequence[Path]) -> None:
@@ -60,6 +72,7 @@ class DiskFlat:
         self._slot = 0
         self._is_committed = False
         self._is_edited = False  # the other slot is the committed one with edits, not a step's
+        self.has_new_name = False
         self._runs = Runs()  # of the committed slot
         self._written = Runs()  # of the other one, since the last commit
 
@@ -96,11 +109,14 @@ class DiskFlat:
         for run in before:  # two writes of the same bytes under way end in any order; an error is behind us
             with suppress(OSError):
                 run.handle.wait()
+        file = self._writable(self._other)
         futures = [self._folder.pool.start_beside(digest_of, bytes_of(values))] if self.has_two_slots else []
-        writes = self._files[self._other].write(start, values)
+        writes = file.write(start, values)
         handle = Requested([*futures, *writes.futures])
         with self._lock:
             self._written.add(Run(start, end, futures[0] if futures else None, handle))
+            if not self.has_two_slots:
+                self._runs.add(Run(start, end))
         return handle
 
     def read(self, lo: int, hi: int) -> Tensor:
@@ -146,8 +162,50 @@ class DiskFlat:
         if not self.has_two_slots:
             self._files[0].sync().wait()
 
+    def hold(self) -> Held:
+        """Keep what is committed as it is, for a checkpoint, whatever is stored, edited or removed from now on.
+
+        Nothing is copied or read: the file gets a second name, and the next write to this slot goes into a new one.
+        Where there is one slot, that write copies the file first. No step may be under way.
+        """
+        self._folder.check_usable()
+        if not self.has_two_slots:
+            self.settle()
+        return Held(self._files[self._slot], self.contents, self._runs, self._folder.pool)
+
+    def _writable(self, slot: int) -> DirectFile:
+        """The slot's file, another one if a checkpoint has it too; what is in the committed slot comes along."""
+        file, is_committed = self._files[slot], slot == self._slot
+        if (not is_committed and len(self._written)) or not file.is_shared:
+            return file
+        temporary = file.path.with_name(file.path.name + ".tmp")
+        try:
+            fresh = DirectFile(temporary, self._folder.pool, create(temporary, self.contents), file.num_bytes)
+            if is_committed:
+                self._copy(file, fresh, 0, file.num_bytes)
+            os.rename(temporary, file.path)  # the name never leads to half a file
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise DiskError(
+                error.errno,
+                f"a checkpoint has this file too, and there can be no new one to write to: {error.strerror}; "
+                "removing old checkpoints from this disk frees space",
+                str(file.path),
+            ) from error
+        fresh.path, self.has_new_name = file.path, True
+        self._files[slot] = fresh  # requests under way keep the old one open
+        return fresh
+
+    def _copy(self, source: DirectFile, target: DirectFile, lo: int, hi: int) -> None:
+        held = host_empty(min(TILE_BYTES, hi - lo) // self._size, self.dtype)
+        for start in range(lo, hi, TILE_BYTES):
+            tile = held[: min(TILE_BYTES, hi - start) // self._size]
+            source.read(start, tile).wait()
+            target.write(start, tile).wait()
+
     def _put(self, slot: int, runs: Runs, lo: int, values: Tensor) -> None:
         """Write values of any alignment into a slot, tile by tile; the rest of their first and last page stays."""
+        file = self._writable(slot)
         first, last = self._on_pages(lo, lo + values.numel())
         tile = TILE_BYTES // self._size
         held = host_empty(min(tile, last - first), self.dtype)
@@ -156,9 +214,9 @@ class DiskFlat:
             into = held[: end - start]
             from_lo, from_hi = max(start, lo), min(end, lo + values.numel())
             if (from_lo, from_hi) != (start, end):
-                self._files[slot].read(start * self._size, into).wait()
+                file.read(start * self._size, into).wait()
             into[from_lo - start : from_hi - start].copy_(values[from_lo - lo : from_hi - lo])
-            self._files[slot].write(start * self._size, into).wait()
+            file.write(start * self._size, into).wait()
             runs.add(Run(start * self._size, end * self._size, digest_of(bytes_of(into))))
 
     def remove(self) -> None:
@@ -210,13 +268,9 @@ class DiskFlat:
 
     def complete(self) -> None:
         """Make the other slot whole: what was not stored since the last commit comes from the committed slot."""
-        num_bytes = self.contents.flat_bytes
-        for lo, hi in self._written.gaps(0, num_bytes):
-            held = host_empty(min(TILE_BYTES, hi - lo) // self._size, self.dtype)
-            for start in range(lo, hi, TILE_BYTES):
-                tile = held[: min(TILE_BYTES, hi - start) // self._size]
-                self._files[self._slot].read(start, tile).wait()
-                self._files[self._other].write(start, tile).wait()
+        source, target = self._files[self._slot], self._writable(self._other)
+        for lo, hi in self._written.gaps(0, self.contents.flat_bytes):
+            self._copy(source, target, lo, hi)
             for run in self._runs.overlapping(lo, hi):
                 if lo <= run.lo and run.hi <= hi:  # its digest stays, so that a damaged source is found, not covered
                     self._written.add(run)
@@ -257,7 +311,7 @@ class DiskFlat:
 
     def flip(self, flips: bool) -> None:
         """The commit stands."""
-        self._is_committed = True
+        self._is_committed, self.has_new_name = True, False
         if flips:
             self._slot, self._runs, self._written, self._is_edited = self._other, self._written, Runs(), False
 

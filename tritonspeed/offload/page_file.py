@@ -18,6 +18,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def _tensors(file: PageFile) -> Iterator[tuple[str, dict[str, Any]]]:
 def create(path: str | os.PathLike[str], file: PageFile) -> int:
     """Write the header and reserve the space; the flat is zeros.
 
-    A file of that name is replaced.
+    A file of that name is replaced; under its other names, a checkpoint's, it stays as it was.
 
     Returns:
         Where the flat begins, in bytes.
@@ -182,7 +183,9 @@ def create(path: str | os.PathLike[str], file: PageFile) -> int:
     """
     header = header_bytes(file)
     num_bytes = len(header) + file.data_bytes
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         _reserve(descriptor, num_bytes)
         written = os.pwrite(descriptor, header, 0)
