@@ -116,7 +116,7 @@ class AdamW(ElementwiseOptimizer):
         if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing() and not self.capturable:
             raise ValueError("AdamW: a graph is being captured: pass capturable=True and owns_gradients=True")
         if self._plan is None or not self._plan.still_holds():
-            self._plan = StepPlan(self.param_groups, self.state, self._state_of, self.owns_gradients, self.capturable)
+            self._plan = StepPlan(self.param_groups, self.state, self.state_of, self.owns_gradients, self.capturable)
             assert self._plan.still_holds(), "a plan that was just made is of this step"
         for param in self._plan.others:
             assert param.grad is not None, "the others of a plan have gradients"

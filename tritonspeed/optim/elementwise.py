@@ -144,7 +144,7 @@ class ElementwiseOptimizer(Optimizer):
         Raises:
             ValueError: types or sizes that do not fit, or a param that this optimizer does not hold.
         """
-        state = self._state_of(param, first_element)
+        state = self.state_of(param, first_element)
         self._update_(param, param, grad, state, grad_scale, param_out, first_element, place, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class ElementwiseOptimizer(Optimizer):
 
     def _step_param_(self, param: Tensor, grad: Tensor) -> None:
         self._check_dense(param, grad)
-        state = self._state_of(param)
+        state = self.state_of(param)
         flat_grad = grad.contiguous().view(-1)
         flat = param.detach().reshape(-1)  # a copy where the parameter is not contiguous (channels_last)
         if "master" in state:
@@ -195,7 +195,12 @@ class ElementwiseOptimizer(Optimizer):
                 " sparse=False in its embedding, or give the parameter to torch.optim.SparseAdam"
             )
 
-    def _state_of(self, param: Tensor, first_element: int = 0) -> dict[str, Any]:
+    def state_of(self, param: Tensor, first_element: int = 0) -> dict[str, Any]:
+        """A parameter's state, made where there is none yet.
+
+        Args:
+            first_element: of the unsharded buffer, for a flat one.
+        """
         state = self.state[param]
         if not state:
             group = self.param_groups[self._place_of(param)[0]]
@@ -204,6 +209,11 @@ class ElementwiseOptimizer(Optimizer):
             if param.dtype in LOW_PRECISION:
                 state["master"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
         return state
+
+    def kinds(self, group: dict[str, Any], num_elems: int) -> set[str]:
+        """Names of the tensors that a parameter of so many elements has, whatever they are kept in."""
+        made = self._new_state(group, torch.empty(num_elems, device="meta"), 0)
+        return {name.removesuffix("_code").removesuffix("_scale") for name in made}
 
     def _place_of(self, param: Tensor) -> tuple[int, int]:
         """The parameter's group, and its place among all parameters."""

@@ -97,7 +97,7 @@ class Lamb(ElementwiseOptimizer):
         Returns:
             (T, 2) fp64: what its elements add to ‖p‖² and ‖u‖² of each tensor.
         """
-        state = self._state_of(param)
+        state = self.state_of(param)
         state["step"] += 1
         return lamb_moments_(
             param, state["exp_avg"], state["exp_avg_sq"], grad, intervals, self._numbers(param), grad_scale

@@ -167,7 +167,7 @@ class Muon(ElementwiseOptimizer):
     @torch.no_grad()
     def direct_flat_(self, param: Tensor, grad: Tensor, grad_scale: Tensor | None, out: Tensor) -> None:
         """The first half: momentum of one flat fp32 master, (n,), and its direction into ``out``, (n,)."""
-        group, state = self.param_groups[self._place_of(param)[0]], self._state_of(param)
+        group, state = self.param_groups[self._place_of(param)[0]], self.state_of(param)
         state["step"] += 1
         muon_direction_(
             state["momentum_buffer"].view(-1), grad, out, beta=group["momentum"], nesterov=group["nesterov"],

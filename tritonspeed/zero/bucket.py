@@ -301,7 +301,12 @@ class Bucket(Gradient):
 
     def renew(self) -> None:
         """After a step: if somebody holds ``whole`` although the stage frees it, gather the updated values again."""
-        if self.frees and self.state is not ShardState.SHARDED and self.trainable:
+        if self.trainable:
+            self.regather()
+
+    def regather(self) -> None:
+        """The same after any change, of frozen parameters too."""
+        if self.frees and self.state is not ShardState.SHARDED:
             self.wait()
             self._gather().wait()
             if self._crossing is not None:

@@ -9,7 +9,7 @@ the backward of the next unit. Its squares are added up on the device before: th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -215,6 +215,33 @@ class Gradient:
         else:
             self._add(place)
             self._free_sum(place)
+
+    # between micro-steps, for checkpoints
+
+    def held_back(self) -> tuple[Tensor, list[int]] | None:
+        """(this rank's own gradients in accumulation, (P,), zero where there are none; which parameters have one)."""
+        if self.outbox is None:
+            return None
+        self._zero_gaps(self.outbox)
+        return self.outbox, sorted(self.filled)
+
+    def hold_back(self, values: Tensor, indices: Iterable[int]) -> None:
+        """Take back what ``held_back`` gave, or (P,) of other ranks that adds up to the same."""
+        self._open_outbox(True)
+        assert self.outbox is not None, "an open outbox exists"
+        self.outbox.copy_(values)
+        self.filled = set(indices)
+
+    def take_sum(self, values: Tensor) -> None:
+        """This rank's slice of gradients that were summed over the ranks, (P/N,): more is to be added to it."""
+        self.drop_grad()
+        wide = self.types.accumulate
+        if self._crosses:
+            self.grad = self.home.lend("gradients", values.numel(), wide, crosses=False).copy_(values)
+        else:
+            self.grad = values.to(self.mesh.device, wide, copy=True)
+            self._account.add("gradients", self.grad.nbytes)
+        self.has_grad = True
 
     # the step
 

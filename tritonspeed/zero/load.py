@@ -204,10 +204,10 @@ def _load_managed(p: Tensor, files: TensorFiles, source: str) -> None:
     # masters on disk that are committed are copied from slot to slot at each change: one change for each tensor then
     part_elems = PART_ELEMS if bucket.master_flat is None else max(1, hi - lo)
     for start, values in files.parts(source, lo - span.offset, hi - span.offset, part_elems):
-        _write(bucket, span.offset + start, values)
+        write_values(bucket, span.offset + start, values)
 
 
-def _write(bucket: Bucket, lo: int, values: Tensor) -> None:
+def write_values(bucket: Bucket, lo: int, values: Tensor) -> None:
     """Set the bucket's elements from ``lo`` on, in everything that this rank holds of them."""
     hi = lo + values.numel()
     if bucket.state is not ShardState.SHARDED:

@@ -153,6 +153,15 @@ class Reducer(Generic[B]):
             self._send(bucket)
         self._drain()
 
+    def resume(self, used: Iterable[tuple[B, int]]) -> None:
+        """Gradients of earlier micro-steps were put into the buckets: go on accumulating.
+
+        Args:
+            used: (bucket, parameter) that had one.
+        """
+        self._held_back = self.num_unsent > 0
+        self._used |= {(id(bucket), index) for bucket, index in used}
+
     def reset(self) -> None:
         """Forget a backward that did not finish, and every gradient of its step."""
         self._drain()

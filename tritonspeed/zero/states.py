@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tritonspeed.offload.disk import DiskFlat
 from tritonspeed.optim import AdamW
+from tritonspeed.optim.elementwise import ElementwiseOptimizer
 from tritonspeed.zero.bucket import Bucket
 from tritonspeed.zero.chunk import Chunk
 from tritonspeed.zero.homes import Homes
 from tritonspeed.zero.late import LateUpdates
+from tritonspeed.zero.layout import Span
 from tritonspeed.zero.tile import Tile
+
+Names = set[str]  # of parameters
+_CODE = "_code"  # what AdamW calls the codes of a moment in 8 bits
 
 
 class ShardedStates:
@@ -74,6 +81,95 @@ class ShardedStates:
                     if isinstance(state, Tensor) and state.numel() == chunk.end - chunk.start:
                         yield chunk, state
 
+    def kinds(self, bucket: Bucket) -> dict[str, Names]:
+        """The optimizer's tensors of a bucket, by name, each with the parameters that have it on this rank.
+
+        What is kept in 8 bits goes by the name of what the codes and their scales stand for.
+        """
+        self.late.finish()
+        found: dict[str, Names] = {}
+        for tile in self.tiles_in[id(bucket)]:
+            for chunk in tile.chunks:
+                for key, value in self.inner.state.get(chunk.master, {}).items():
+                    if isinstance(value, Tensor) and value.numel() == chunk.end - chunk.start and value.ndim:
+                        names = {piece.span.name for piece in chunk.pieces()}
+                        found.setdefault(key.removesuffix(_CODE), set()).update(names)
+        return found
+
+    def scalars(self, bucket: Bucket) -> list[tuple[dict[str, float], Names]]:
+        """The optimizer's numbers of a bucket (``step``), each set of them with the parameters that have it."""
+        self.late.finish()
+        found: list[tuple[dict[str, float], Names]] = []
+        for tile in self.tiles_in[id(bucket)]:
+            for chunk in tile.chunks:
+                state = self.inner.state.get(chunk.master, {})
+                numbers = {key: float(value) for key, value in state.items() if _is_number(value)}
+                names = {piece.span.name for piece in chunk.pieces()}
+                known = next((have for have, with_them in found if have == numbers and numbers), None)
+                if known is not None:
+                    next(with_them for have, with_them in found if have is known).update(names)
+                elif numbers:
+                    found.append((numbers, names))
+        return found
+
+    def dtype(self, bucket: Bucket, key: str) -> torch.dtype:
+        """What holds every value of the tensor ``key`` of a bucket as it is."""
+        found = [values.dtype for values, _ in self.views(bucket, key, *bucket.owned)]
+        return functools.reduce(torch.promote_types, found, found[0])
+
+    def flat_of(self, bucket: Bucket, key: str) -> DiskFlat | None:
+        """The files of the tensor ``key`` of a bucket; None where it is in memory."""
+        return next((tile.flats[key] for tile in self.tiles_in[id(bucket)] if key in tile.flats), None)
+
+    def restore(
+        self,
+        bucket: Bucket,
+        keys: Mapping[str, Names],
+        numbers: Mapping[str, Mapping[str, float]],
+        read: Callable[[str, Span, int, int], Tensor],
+    ) -> None:
+        """Make a bucket's tensors anew, from values of another time and place.
+
+        What a chunk has of a key it takes for those parameters that have it; for the others it is zero.
+
+        Args:
+            keys: {tensor's name: the parameters that there are values for}.
+            numbers: {parameter: {"step": 12.0}}.
+            read: (key, parameter, lo, hi) → its elements [lo, hi), (hi - lo,) of any dtype, on any device.
+        """
+        self.late.finish()
+        for tile in self.tiles_in[id(bucket)]:
+            with tile.opened(changes=True):
+                for chunk in tile.chunks:
+                    before = self.inner.state.pop(chunk.master, {})
+                    pieces = chunk.pieces()
+                    here = [key for key, names in keys.items() if any(p.span.name in names for p in pieces)]
+                    # what has a file keeps it: a state that is no more is one of zeros
+                    kept = [key.removesuffix(_CODE) for key in before if key in tile.kinds]
+                    if here or kept:
+                        self._make(chunk, [*here, *kept], [numbers.get(p.span.name, {}) for p in pieces])
+                    for key in here:
+                        self._put(chunk, key, _joined(chunk, keys[key], key, read))
+
+    def _make(self, chunk: Chunk, keys: list[str], numbers: list[Mapping[str, float]]) -> None:
+        """The state of a chunk as before its first step, and its numbers: the highest, where its parameters differ."""
+        state: dict[str, Any] = self.inner.state[chunk.master]
+        if isinstance(self.inner, ElementwiseOptimizer):
+            self.inner.state_of(chunk.master, chunk.start)
+            state = self.inner.state[chunk.master]
+        else:
+            state.update({key: torch.zeros_like(chunk.master.data) for key in keys})
+        for name in sorted({name for each in numbers for name in each}):
+            value = torch.tensor(max(each[name] for each in numbers if name in each), dtype=torch.float32)
+            state[name] = value.to(state[name].device) if isinstance(state.get(name), Tensor) else value
+
+    def _put(self, chunk: Chunk, key: str, values: Tensor) -> None:
+        if isinstance(self.inner, AdamW):
+            if self.inner.state_values(chunk.master, key, chunk.start) is not None:
+                self.inner.set_state_values_(chunk.master, key, chunk.start, 0, values.to(chunk.master.device))
+        elif key in self.inner.state[chunk.master]:
+            self.inner.state[chunk.master][key].view(-1).copy_(values)
+
     def bytes_of(self, bucket: Bucket) -> int:
         """Bytes in memory of one bucket's tensors on this rank."""
         states = [self.inner.state.get(c.master, {}) for tile in self.tiles_in[id(bucket)] for c in tile.chunks]
@@ -106,3 +202,19 @@ class ShardedStates:
     def _tiles(self) -> Iterator[Tile]:
         for tiles in self.tiles_in.values():
             yield from tiles
+
+
+def _joined(chunk: Chunk, names: Container[str], key: str, read: Callable[[str, Span, int, int], Tensor]) -> Tensor:
+    """The values of a chunk, zero where there are none."""
+    wide = torch.promote_types(chunk.master.dtype, torch.float32)
+    values = torch.zeros(chunk.end - chunk.start, dtype=wide)
+    for p in chunk.pieces():
+        if p.span.name in names:
+            values[p.in_interval : p.in_interval + p.numel].copy_(read(key, p.span, p.in_span, p.in_span + p.numel))
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0
+    return isinstance(value, int | float) and not isinstance(value, bool)

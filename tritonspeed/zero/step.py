@@ -127,7 +127,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 bucket.keep_rounded()
         self.last: StepFacts | None = None
         self.overflow = False
-        self._state_bytes = 0
+        self._state_bytes: dict[int, int] = {}  # as entered in the ledger, by bucket
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state  # one truth, the inner optimizer's
 
@@ -271,7 +271,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         resident = [bucket for bucket in buckets if not is_staged(bucket, self.homes)]
         if not hasattr(self.inner, "step_flat_"):
-            chunks = [chunk for bucket in resident if bucket.has_grad for chunk in self._chunks_of(bucket)]
+            chunks = [chunk for bucket in resident if bucket.has_grad for chunk in self.chunks_of(bucket)]
             self._step_generic([(chunk, chunk.gradient()) for chunk in chunks], scale)
         tiles = [tile for bucket in buckets for tile in self._tiles_in[id(bucket)]]
         for tile in tiles:
@@ -341,16 +341,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _end_update(self) -> None:
         """Everything has been updated: what is on disk becomes the truth."""
         self._ring.forget()
-        self._count_state()
+        if not any(self._state_bytes.values()):  # they are made in the first step, and keep their size
+            self.states_changed()
         if self.homes is not None:
             self.homes.commit(self.num_steps, {})
 
     def settle(self, bucket: Bucket) -> None:
         """Until ``bucket`` has been updated."""
         self.late.wait_for(bucket)
-
-    def _chunks_of(self, bucket: Bucket) -> list[Chunk]:
-        return self._chunks_in[id(bucket)]
 
     def _step_generic(self, chunks: list[tuple[Chunk, Tensor]], scale: dict[torch.device, Tensor]) -> None:
         """Any other torch optimizer: hand it fp32 gradients, one call for all of these chunks."""
@@ -360,12 +358,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for chunk, _ in chunks:
             chunk.master.grad = None
 
-    def _count_state(self) -> None:
-        if not self._state_bytes:  # states are made in the first step, and keep their size
-            for bucket in self.buckets:
-                num_bytes = self.states.bytes_of(bucket)
-                self._state_bytes += num_bytes
-                self.ledger.of(Tier.DEVICE if bucket.tier is Tier.DEVICE else Tier.HOST).add("optimizer", num_bytes)
+    def states_changed(self) -> None:
+        """States were made anew, outside a step: count them."""
+        for bucket in self.buckets:
+            num_bytes = self.states.bytes_of(bucket)
+            more = num_bytes - self._state_bytes.get(id(bucket), 0)
+            self._state_bytes[id(bucket)] = num_bytes
+            self.ledger.of(Tier.DEVICE if bucket.tier is Tier.DEVICE else Tier.HOST).add("optimizer", more)
+
+    def settings_of(self, chunk: Chunk) -> dict[str, Any]:
+        """The optimizer's group of a chunk: lr, betas, ..."""
+        return self.inner.param_groups[self._group_of[id(chunk)]]
+
+    def chunks_of(self, bucket: Bucket) -> list[Chunk]:
+        """What the optimizer updates of a bucket."""
+        return self._chunks_in[id(bucket)]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step."""
@@ -381,7 +388,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.states.load(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        self._state_bytes = 0
+        self.states_changed()
 
 
 def _copied(setting: Any) -> Any:
