@@ -15,6 +15,7 @@ from tritonspeed.checkpoint.errors import (
 )
 from tritonspeed.checkpoint.record import Record
 from tritonspeed.checkpoint.source import ParameterFacts, RunFacts, Source
+from tritonspeed.checkpoint.stored import StoredCheckpoint, verify
 
 __all__ = [
     "CheckpointBusy",
@@ -26,4 +27,6 @@ __all__ = [
     "RunFacts",
     "SaveFailed",
     "Source",
+    "StoredCheckpoint",
+    "verify",
 ]
