@@ -230,7 +230,7 @@ def test_from_pretrained_opens_it(tmp_path, name, max_shard_bytes) -> None:
     folder = ModelFolder(facts_of(model), saved_buffers(model), configs, max_shard_bytes)
     folder.write(tmp_path, [record_of_all(model)], 0)
 
-    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = type(model).from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     wanted = model.state_dict()
     assert_same(loaded.state_dict(), wanted)
