@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
 
 from tritonspeed import checkpointing, comm, tuning
 from tritonspeed.comm import Mesh
 from tritonspeed.config import Config, ModelFacts, load
 from tritonspeed.engine.engine import Engine
+from tritonspeed.engine.loader import TrainingLoader
 from tritonspeed.optim import build_optimizer, build_scheduler, mark_hidden_matrices
 from tritonspeed.precision import LossScaler, Policy
 from tritonspeed.zero import ShardedModel, ShardOptions, ZeroOptimizer
@@ -88,7 +88,16 @@ def initialize(
     schedule = _build_scheduler(resolved, lr_scheduler, stepper)
     engine = Engine(sharded, stepper, schedule, resolved, policy)
     if training_data is not None:
-        engine.training_dataloader = data_loader(training_data, resolved, mesh, collate_fn)
+        micro_batch = resolved.train_micro_batch_size_per_gpu
+        assert micro_batch is not None, "a resolved config has its batch sizes"
+        engine.training_dataloader = TrainingLoader(
+            training_data,
+            micro_batch,
+            mesh.world,
+            mesh.rank,
+            drop_last=resolved.dataloader_drop_last,
+            collate_fn=collate_fn,
+        )
     return engine, stepper, engine.training_dataloader, schedule
 
 
@@ -165,24 +174,6 @@ def _announce(config: Config, mesh: Mesh) -> None:
             config.gradient_clipping,
             config.note("gradient_clipping"),
         )
-
-
-def data_loader(
-    dataset: Dataset, config: Config, mesh: Mesh, collate_fn: Callable[..., Any] | None = None
-) -> DataLoader:
-    """A loader of micro batches over this rank's part of ``dataset``, shuffled alike on every rank."""
-    sampler: Any = None
-    if hasattr(dataset, "__len__"):
-        sampler = DistributedSampler(
-            dataset, mesh.world, mesh.rank, shuffle=True, drop_last=config.dataloader_drop_last
-        )
-    return DataLoader(
-        dataset,
-        batch_size=config.train_micro_batch_size_per_gpu,
-        sampler=sampler,
-        collate_fn=collate_fn,
-        drop_last=config.dataloader_drop_last,
-    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
