@@ -1,0 +1,274 @@
+"""How the ranks of one save agree, through files in its hidden folder alone: a thread of each may do it.
+
+    rank-1-of-2/index.json     this rank has all of its files on disk
+    rank-1-of-2/failed.json    it gave up, and why
+    failed.json                rank 0 says that the save has failed, and why; a rank that has read it removes its files
+    manifest.json              rank 0 has seen every index; next, the folder gets its tag
+
+Nobody asks torch.distributed anything: training uses it meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tritonspeed.checkpoint.errors import SaveFailed
+from tritonspeed.checkpoint.folder import (
+    LATEST,
+    check_place,
+    hidden_name,
+    latest_tag,
+    prune,
+    publish,
+    remove,
+    sync_folder,
+    write_durably,
+    write_synced,
+)
+from tritonspeed.checkpoint.manifest import INDEX, MANIFEST, Manifest, RankIndex, index_text, manifest_text, rank_folder
+from tritonspeed.checkpoint.source import ParameterFacts
+from tritonspeed.offload.commit_record import digest_of
+from tritonspeed.offload.page_file import free_bytes
+
+FAILED = "failed.json"
+MOST_PAUSE_S = 0.02
+FAREWELL_S = 30.0  # how long rank 0 leaves the reason of a failure for others to read
+SETTLE_S = 2.0  # a shared folder may show what another host did a little later
+_log = logging.getLogger("tritonspeed")
+
+
+def new_save_id() -> str:
+    """16 hex digits that no other save has."""
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What rank 0 says of a checkpoint.
+
+    Attributes:
+        parameters, step, facts: of the manifest.
+        set_latest: ``latest`` names it.
+        keep_last: so many of the newest stay; None keeps all.
+    """
+
+    parameters: Mapping[str, ParameterFacts]
+    step: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    set_latest: bool = True
+    keep_last: int | None = None
+
+
+@dataclass
+class Commit:
+    """One rank's part in one save.
+
+    Attributes:
+        folder: what the checkpoint will stand in.
+        tag, save_id: its name, and which save it is.
+        timeout_s: how long to wait for another rank, once this one has done its part.
+    """
+
+    folder: Path
+    tag: str
+    save_id: str
+    rank: int
+    world: int
+    timeout_s: float
+
+    @property
+    def hidden(self) -> Path:
+        """The folder while it is being written."""
+        return self.folder / hidden_name(self.tag, self.save_id)
+
+    @property
+    def own(self) -> Path:
+        """This rank's folder in it."""
+        return self.hidden / rank_folder(self.rank, self.world)
+
+    def _of(self, rank: int) -> Path:
+        return self.hidden / rank_folder(rank, self.world)
+
+    def done(self, index: RankIndex) -> None:
+        """This rank has written all it has to: its commit."""
+        write_durably(self.own / INDEX, index_text(index).encode())
+        sync_folder(self.own)
+
+    def give_up(self, error: BaseException) -> None:
+        """This rank cannot: say so, after its files are gone, for the reason may be a full disk."""
+        shutil.rmtree(self.own, ignore_errors=True)
+        try:
+            self.own.mkdir(exist_ok=True)
+            write_durably(self.own / FAILED, json.dumps(reason_of(error, self.folder)).encode())
+        except OSError as second:
+            _log.error("rank %d could not say why its part of %s failed: %s (%s)", self.rank, self.tag, error, second)
+
+    def conclude(self, publication: Publication) -> Path:
+        """The outcome, the same on all ranks; rank 0 brings it about.
+
+        Returns:
+            The committed checkpoint.
+
+        Raises:
+            SaveFailed: which rank failed and why, or which are missing.
+        """
+        if self.rank != 0:
+            return self._await_outcome(publication)
+        digests, reasons = self._gather()
+        if not reasons:
+            try:
+                self._publish(publication, digests)
+                return self.folder / self.tag
+            except OSError as error:
+                reasons = {0: reason_of(error, self.folder)}
+            except Exception as error:
+                reasons = {0: str(error)}
+        raise SaveFailed(self._failed(reasons))
+
+    def _gather(self) -> tuple[list[str], dict[int, str]]:
+        """(digest of every rank's index, reason of every rank that failed); rank 0, once all have answered."""
+        digests, reasons = dict[int, str](), dict[int, str]()
+
+        def answered() -> bool:
+            for rank in set(range(self.world)) - digests.keys() - reasons.keys():
+                if (content := _read(self._of(rank) / INDEX)) is not None:
+                    digests[rank] = digest_of(content)
+                    if f'"save_id": "{self.save_id}"'.encode() not in content[:200]:
+                        reasons[rank] = "its index is of another save"
+                elif (content := _read(self._of(rank) / FAILED)) is not None:
+                    reasons[rank] = json.loads(content)
+            return len(digests.keys() | reasons.keys()) == self.world
+
+        if not poll(answered, self.timeout_s):
+            for rank in set(range(self.world)) - digests.keys() - reasons.keys():
+                reasons[rank] = f"was not heard of for {self.timeout_s:g} s after rank 0 had done its part"
+        return [digests.get(rank, "") for rank in range(self.world)], reasons
+
+    def _publish(self, publication: Publication, digests: list[str]) -> None:
+        """Manifest, tag, ``latest``. What may find the disk full comes before the commit."""
+        check_place(self.folder, self.tag)
+        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        facts = {**publication.facts, "latest": publication.set_latest}
+        manifest = Manifest(
+            self.tag, self.save_id, publication.step, now, self.world, publication.parameters, tuple(digests), facts
+        )
+        latest = self.folder / f".{LATEST}.{self.save_id}"
+        try:
+            if publication.set_latest:
+                write_synced(latest, self.tag.encode())
+            sync_folder(self.hidden)  # the manifest must not be there before what it speaks of
+            write_durably(self.hidden / MANIFEST, manifest_text(manifest).encode())
+            sync_folder(self.hidden)
+            old = publish(self.folder, self.hidden, self.tag, self.save_id)
+        except BaseException:
+            with suppress(OSError):
+                latest.unlink()
+            raise
+        if publication.set_latest:
+            os.rename(latest, self.folder / LATEST)
+            sync_folder(self.folder)
+        try:
+            if old is not None:
+                remove(old)
+            if publication.keep_last is not None:
+                prune(self.folder, publication.keep_last, self.tag)
+        except OSError as error:  # the next save tries again
+            _log.warning("%s: old checkpoints could not be removed: %s", self.folder, error)
+
+    def _failed(self, reasons: Mapping[int, str]) -> str:
+        """Tell all ranks, remove the folder; what was told."""
+        text = self.said(reasons)
+        shutil.rmtree(self.own, ignore_errors=True)
+        with suppress(OSError):
+            write_durably(self.hidden / FAILED, json.dumps(text).encode())
+            alive = [self._of(rank) for rank in range(1, self.world) if self._of(rank).exists()]
+            poll(lambda: not any(path.exists() for path in alive), min(FAREWELL_S, self.timeout_s))
+        remove(self.hidden)
+        return text
+
+    def _await_outcome(self, publication: Publication) -> Path:
+        """What rank 0 made of it, on the other ranks."""
+        found: list[str | None] = []
+        gone_since: list[float] = []
+
+        def concluded() -> bool:
+            if (content := _read(self.hidden / FAILED)) is not None:
+                found.append(json.loads(content))
+            elif self._is_published(publication):
+                found.append(None)
+            elif not self.hidden.exists():
+                gone_since.append(time.monotonic())
+                return gone_since[-1] - gone_since[0] > SETTLE_S
+            return bool(found)
+
+        in_time = poll(concluded, 2 * self.timeout_s)  # rank 0 may have waited for a third one
+        if found and found[0] is None:
+            return self.folder / self.tag
+        if found and found[0] is not None:
+            shutil.rmtree(self.own, ignore_errors=True)
+            raise SaveFailed(found[0])
+        why = "rank 0 gave it up" if in_time else self._who_is_missing()
+        raise SaveFailed(self._not_saved(why))
+
+    def said(self, reasons: Mapping[int, str]) -> str:
+        """The error's text, the same on all ranks."""
+        return self._not_saved("; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(reasons.items())))
+
+    def _not_saved(self, why: str) -> str:
+        return f"checkpoint {self.tag!r} was not saved into {self.folder}: {why}; what was there before is as it was"
+
+    def _is_published(self, publication: Publication) -> bool:
+        content = _read(self.folder / self.tag / MANIFEST, 400)
+        if content is None or f'"save_id": "{self.save_id}"'.encode() not in content:
+            return False
+        return not publication.set_latest or latest_tag(self.folder) == self.tag
+
+    def _who_is_missing(self) -> str:
+        missing = [str(rank) for rank in range(self.world) if not (self._of(rank) / INDEX).exists()] or ["0"]
+        return f"rank {', '.join(missing)} did not finish within {2 * self.timeout_s:g} s after rank {self.rank} had"
+
+
+def reason_of(error: BaseException, folder: Path) -> str:
+    """Why, with what to do about it."""
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}" if not str(error) or isinstance(error, KeyError) else str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    text = f"{where}{error.strerror or error}"
+    with suppress(OSError):
+        if error.errno == errno.ENOSPC and "free" not in text:
+            return f"{text}: {free_bytes(folder):,} bytes are free: free some, or save into another folder"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{text}: name a folder that this user may write to, on a file system that is not read-only"
+    return text
+
+
+def _read(path: Path, num_bytes: int = -1) -> bytes | None:
+    """A file's contents; None where it is not there (yet)."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(num_bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def poll(is_done: Callable[[], bool], timeout_s: float) -> bool:
+    """Ask again and again, in growing pauses; whether it came true in time."""
+    pause_s, until = 0.0005, time.monotonic() + timeout_s
+    while not is_done():
+        if time.monotonic() > until:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, MOST_PAUSE_S)
+    return True
