@@ -1,45 +1,196 @@
-"""Blocks of a checkpoint's files in memory, checked: the few that were used last."""
+"""Blocks of a checkpoint's files in memory, checked: those in use, and the next ones on their way.
+
+    file       |----|----|----|----|----|----|----|----|
+                used held now  coming ----->                the next ones are read and digested by threads meanwhile
+
+What comes next is told (``expect``), or is what follows in a file that is read from block to block. Memory is bounded:
+reading ahead takes the place of what was read through, never of what is being read.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tritonspeed.checkpoint.data_file import DataFile
-from tritonspeed.offload.memory import host_empty
+from tritonspeed.offload.memory import HUGE_PAGE_BYTES, PAGE_BYTES, host_empty
 
-HELD_BYTES = 64 * 2**20
+HELD_BYTES = 96 * 2**20
+AHEAD_BYTES = 32 * 2**20
+MOST_AHEAD = 64  # blocks
+THREADS = 4
+
+Key = tuple[DataFile, int]
+
+
+@dataclass(slots=True)
+class _Held:
+    """A block: ``coming`` gives its bytes, in ``buffer``.
+
+    Attributes:
+        users: how many are reading from it.
+        is_used: somebody has.
+    """
+
+    buffer: Tensor
+    coming: Future[Tensor]
+    users: int = 0
+    is_used: bool = False
 
 
 class Blocks:
-    """Gives blocks, and keeps as many as fit.
+    """Gives blocks, reads ahead, and keeps as many as fit.
 
     Args:
-        held_bytes: in memory at once; one block always is.
-        on_bytes: told of the bytes of each block that was read.
+        held_bytes: of memory at most, but for what is being read from.
+        ahead_bytes: beyond what was asked for, of one file.
+        on_bytes: told of the bytes of each block that was read, when it is given.
     """
 
-    def __init__(self, held_bytes: int = HELD_BYTES, on_bytes: Callable[[int], None] | None = None) -> None:
-        self.held_bytes, self._on_bytes = held_bytes, on_bytes
-        self._held: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+    def __init__(
+        self,
+        held_bytes: int = HELD_BYTES,
+        ahead_bytes: int = AHEAD_BYTES,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        self.held_bytes, self.ahead_bytes, self._on_bytes = held_bytes, ahead_bytes, on_bytes
+        self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+        self._held: OrderedDict[Key, _Held] = OrderedDict()  # least recently used first
+        self._free: list[Tensor] = []
+        self._current: dict[DataFile, int] = {}
+        self._in_a_row: dict[DataFile, int] = {}
+        self._plan: list[Key] = []
+        self._planned: dict[Key, int] = {}
+        self._given: set[Key] = set()  # of what was planned
 
-    def get(self, file: DataFile, index: int) -> Tensor:
-        """A block's bytes; nobody may write to them."""
-        key = (id(file), index)
-        if key not in self._held:
-            needed = file.buffer_bytes(index)
-            while self._held and sum(held.numel() for held in self._held.values()) + needed > self.held_bytes:
-                self._held.popitem(last=False)
-            block = file.read_block(index, host_empty(needed, torch.uint8))
-            self._held[key] = block
-            if self._on_bytes is not None:
-                self._on_bytes(block.numel())
+    def expect(self, blocks: Iterable[Key]) -> None:
+        """What will be asked for, each once and about in this order; replaces what was said before."""
+        with self._lock:
+            self._plan = list(dict.fromkeys(blocks))
+            self._planned = {key: i for i, key in enumerate(self._plan)}
+            self._given.clear()
+
+    @contextmanager
+    def block(self, file: DataFile, index: int, last: int = 0) -> Iterator[Tensor]:
+        """A block's bytes, checked, to be read from in the ``with`` statement.
+
+        Args:
+            last: blocks up to this one of the file are asked for next.
+
+        Raises:
+            CorruptCheckpoint: they are not what was written.
+        """
+        key = (file, index)
+        with self._lock:
+            held = self._ask(key)
+            held.users += 1
+            self._read_ahead(key, last)
+        try:
+            try:
+                values = held.coming.result()
+            except BaseException:
+                with self._lock:
+                    self._held.pop(key, None)
+                raise
+            is_first, held.is_used = not held.is_used, True
+            if is_first and self._on_bytes is not None:
+                self._on_bytes(values.numel())
+            yield values
+        finally:
+            with self._lock:
+                held.users -= 1
+
+    def _ask(self, key: Key) -> _Held:
+        """Start reading a block that is not held."""
+        held = self._held.get(key)
+        if held is None:
+            buffer = self._buffer(key, is_awaited=True)
+            assert buffer is not None, "a block that somebody waits for always has room"
+            held = self._start(key, buffer)
         self._held.move_to_end(key)
-        return self._held[key]
+        if key in self._planned:
+            self._given.add(key)
+        return held
+
+    def _start(self, key: Key, buffer: Tensor) -> _Held:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tritonspeed-load")
+        file, index = key
+        held = self._held[key] = _Held(buffer, self._threads.submit(file.read_block, index, buffer))
+        return held
+
+    def _buffer(self, key: Key, is_awaited: bool) -> Tensor | None:
+        """Memory for a block; None where there is none, which is never so if somebody waits for it."""
+        capacity = _capacity(key[0].buffer_bytes(key[1]))
+        total = sum(held.buffer.numel() for held in self._held.values()) + sum(x.numel() for x in self._free)
+        victims = self._to_go(is_awaited)
+        while True:
+            for i, buffer in enumerate(self._free):
+                if buffer.numel() == capacity:
+                    return self._free.pop(i)
+            if total + capacity <= self.held_bytes:
+                return host_empty(capacity, torch.uint8)
+            if self._free:
+                total -= self._free.pop().numel()
+            elif victims:
+                self._free.append(self._held.pop(victims.pop(0)).buffer)
+            else:
+                return host_empty(capacity, torch.uint8) if is_awaited else None
+
+    def _to_go(self, is_awaited: bool) -> list[Key]:
+        """Blocks that may be given up, best first: those read through; for one that is waited for, any."""
+        idle = [key for key, held in self._held.items() if not held.users and held.coming.done()]
+        through = [key for key in idle if self._held[key].is_used and self._current.get(key[0]) != key[1]]
+        return through + [key for key in idle if key not in through] if is_awaited else through
+
+    def _read_ahead(self, key: Key, last: int) -> None:
+        """Start what comes next, as far as there is room."""
+        left = self.ahead_bytes
+        for at in self._next(key, last):
+            left -= at[0].buffer_bytes(at[1])
+            if left < 0:
+                return
+            if at not in self._held:
+                buffer = self._buffer(at, is_awaited=False)
+                if buffer is None:
+                    return
+                self._start(at, buffer)
+
+    def _next(self, key: Key, last: int) -> Iterator[Key]:
+        """What will be asked for after ``key``, as far as it is known, or likely."""
+        file, index = key
+        before = self._current.get(file, -1)
+        if before != index:
+            self._in_a_row[file] = self._in_a_row.get(file, 0) + 1 if before + 1 == index else 0
+            self._current[file] = index
+        if key in self._planned:
+            first = self._planned[key] + 1
+            yield from (at for at in self._plan[first : first + MOST_AHEAD] if at not in self._given)
+        else:
+            # twice as far with each block that follows the one before: a read in one place reads little in vain
+            end = max(last + 1, index + 2 ** min(self._in_a_row[file], MOST_AHEAD.bit_length()))
+            yield from ((file, i) for i in range(index + 1, min(end, len(file.blocks))))
 
     def close(self) -> None:
-        """Let go of the memory."""
-        self._held.clear()
+        """Let go of the memory and the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+        with self._lock:
+            self._held.clear()
+            self._free.clear()
+
+
+def _capacity(num_bytes: int) -> int:
+    """Of a buffer for so many bytes: few different sizes, so that they are used again."""
+    if num_bytes >= HUGE_PAGE_BYTES:
+        return -(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    return max(PAGE_BYTES, 1 << (num_bytes - 1).bit_length())

@@ -1,6 +1,6 @@
 """A rank's file, read block by block and checked against the digests of its index.
 
-A *block* is what is read at once: neighbouring runs, each with a digest, of 16 MiB together; a longer run is several
+A *block* is what is read at once: neighbouring runs, each with a digest, of 8 MiB together; a longer run is several
 blocks, which are checked together before the first of them is given.
 
     runs      |-- digest --|-- digest --|-- digest --|------------- digest of 100 MiB -------------|
@@ -38,7 +38,7 @@ from tritonspeed.offload.page_file import DTYPES, MAX_HEADER_BYTES, Piece, whole
 
 Verify = Literal["full", "sampled", "none"]
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 8 * 2**20
 LONG_BYTES = 64 * 2**20  # a run that is longer is checked as a stream, and then read again where it is wanted
 SAMPLED_RUNS = 8  # one of so many is checked under "sampled"
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -214,13 +214,14 @@ class DataFile:
         return whole_pages(block.hi) - block.lo // PAGE_BYTES * PAGE_BYTES
 
     def check_header(self) -> None:
-        """Compare size and header now.
+        """Compare size and header, if nobody has yet.
 
         Raises:
             CorruptCheckpoint: they are not what was written.
         """
-        with opened(self.path) as (descriptor, size):
-            self._check(descriptor, size)
+        if not self._is_checked:
+            with opened(self.path) as (descriptor, size):
+                self._check(descriptor, size)
 
     def _is_compared(self, run: int) -> bool:
         return self.verify == "full" or (self.verify == "sampled" and run % SAMPLED_RUNS == 0)
@@ -256,11 +257,10 @@ class DataFile:
             raise CorruptCheckpoint(
                 f"{self.path} has {size:,} bytes, must have {self.record.file_bytes:,}: it was cut off or replaced"
             )
-        if self.verify != "none":
-            with self._lock:
-                if not self._is_checked:
-                    self._check_header(descriptor)
-                    self._is_checked = True
+        with self._lock:
+            if not self._is_checked and self.verify != "none":
+                self._check_header(descriptor)
+            self._is_checked = True
 
     def _check_header(self, descriptor: int) -> None:
         if self.record.begin > 8 + MAX_HEADER_BYTES:

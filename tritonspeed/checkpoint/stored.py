@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import stat
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -180,7 +180,7 @@ class StoredCheckpoint:
         for kind, name in self._places:
             found[name].add(kind)
         for _, name in self._outbox:
-            found[name].add(GRADIENT)
+            found[name].add(OUTBOX)
         for name, facts in self.parameters.items():
             if not prod(facts.shape):  # nothing of it is nothing missing
                 found[name].add(MASTER if facts.trainable else PARAMETERS)
@@ -200,8 +200,8 @@ class StoredCheckpoint:
     # values
 
     def kinds(self, name: str) -> frozenset[str]:
-        """What there is of a parameter. A gradient is named where there is one to be summed; the parts of it by
-        ``read_own`` only.
+        """What there is of a parameter. "outbox" is there where any rank has one; then "gradient" can be read even if
+        it is not named.
 
         Raises:
             MismatchedCheckpoint: there is no such parameter.
@@ -242,6 +242,20 @@ class StoredCheckpoint:
         places = self._outbox.get((rank, name)) if kind == OUTBOX else None
         return None if places is None else self._join(places, lo, hi)
 
+    def expect(self, reads: Iterable[tuple[str, str, int, int]]) -> None:
+        """Tell what will be read, in about this order, so that it is read ahead across files; what is not told is
+        read all the same.
+
+        Args:
+            reads: (kind, parameter, lo, hi); what there is none of is passed over.
+        """
+        blocks: dict[tuple[DataFile, int], None] = {}
+        for kind, name, lo, hi in reads:
+            for place in _within(self._places.get((kind, self._first_names.get(name, name)), []), lo, hi):
+                for index in _blocks_of(place, max(lo, place.lo), min(hi, place.hi)):
+                    blocks[place.file, index] = None
+        self._blocks.expect(blocks)
+
     def _known(self, name: str) -> str:
         if name not in self._first_names:
             raise MismatchedCheckpoint(f"{self.path} has no parameter {name!r}")
@@ -272,13 +286,12 @@ class StoredCheckpoint:
         except RuntimeError as error:
             raise CheckpointError(f"{file.path}: {end - start:,} bytes do not fit into memory: {error}") from error
         into = values.view(torch.uint8)
-        first = bisect_right(file.blocks, start, key=lambda block: block.lo) - 1
-        for index in range(first, len(file.blocks)):
+        indexes = _blocks_of(place, lo, hi)
+        for index in indexes:
             block = file.blocks[index]
-            if block.lo >= end:
-                break
             a, b = max(start, block.lo), min(end, block.hi)
-            into[a - start : b - start].copy_(self._blocks.get(file, index)[a - block.lo : b - block.lo])
+            with self._blocks.block(file, index, indexes[-1]) as held:
+                into[a - start : b - start].copy_(held[a - block.lo : b - block.lo])
         return values
 
     # what is no parameter
@@ -335,11 +348,13 @@ class StoredCheckpoint:
         Raises:
             CorruptCheckpoint: what is wrong, and where.
         """
+        self._blocks.expect((file, i) for files in self.files for file in files for i in range(len(file.blocks)))
         for index, files in zip(self.indexes, self.files, strict=True):
             for file in files:
                 file.check_header()
                 for i in range(len(file.blocks)):
-                    self._blocks.get(file, i)
+                    with self._blocks.block(file, i):
+                        pass
             state = self._folder(index.rank) / STATE
             if index.state_digest and digest_of_file(state) != index.state_digest:
                 raise CorruptCheckpoint(f"{state} is not what was written: its digest does not match")
@@ -368,6 +383,14 @@ def verify(path: str | os.PathLike[str], every_byte: bool = True, on_bytes: Call
     with StoredCheckpoint(path, "full" if every_byte else "sampled", on_bytes) as found:
         found.check_all()
         return found.manifest.step
+
+
+def _blocks_of(place: Place, lo: int, hi: int) -> range:
+    """Which blocks of its file have elements [lo, hi) of the parameter, at least one."""
+    blocks, size = place.file.blocks, place.file.record.dtype.itemsize
+    start, end = ((place.start + at - place.lo) * size for at in (lo, hi))
+    first = bisect_right(blocks, start, key=lambda block: block.lo) - 1
+    return range(first, bisect_left(blocks, end, lo=first, key=lambda block: block.lo))
 
 
 def _within(places: list[Place], lo: int, hi: int) -> Iterator[Place]:
