@@ -48,7 +48,7 @@ REFUSED = [
     ("compile.offload_activation", True, "cpu_checkpointing to true"),
     ("compile.offload_opt_states", True, "offload_optimizer.device to cpu"),
     ("compile.offload_parameters", True, "offload_param.device to cpu"),
-    ("checkpoint.load_universal", True, "checkpoint work"),
+    ("checkpoint.use_node_local_storage", True, "save where all can write"),
     ("elasticity.enabled", True, "give the batch sizes"),
     ("progressive_layer_drop.enabled", True, "set it to false"),
     ("weight_quantization", {"post_init_quant": {"fc": {"num_bits": 4}}}, "inference work"),
@@ -152,7 +152,7 @@ def test_off_or_harmless_passes_with_a_reason_for_each_key(path, value):
     assert not [each for each in rows if each.verdict == "refused"]
     effective = {each.key.rpartition(".")[2] for each in rows if each.verdict == "honoured"}
     # what is honoured here is the switch itself, in its off position
-    switches = {"device", "enabled", "autotp_size", "tp_size", "load_universal"}
+    switches = {"device", "enabled", "autotp_size", "tp_size", "tag_validation", "load_universal"}
     switches |= {"zero_quantized_weights", "zero_hpz_partition_size", "mics_shard_size", "zenflow"}
     assert effective <= switches
 
@@ -189,6 +189,28 @@ def test_cpu_checkpointing_is_honoured(on):
     (row,) = [each for each in config.answers() if each.key == "activation_checkpointing.cpu_checkpointing"]
     assert row.verdict == "honoured"
     assert row.note.startswith("off: ") != on
+
+
+def test_a_checkpoint_is_saved_in_the_background_by_either_name():
+    for block in ({"async_save": True}, {"writer": {"type": "fast", "decoupled": True}}):
+        config = load({**BATCH, "checkpoint": block}).resolve(1)
+        assert config.checkpoint.saves_in_background
+        rows = {each.key.rpartition(".")[2]: each.verdict for each in config.answers()}
+        assert rows.get("async_save", rows.get("decoupled")) == "honoured" and rows.get("type", "inert") == "inert"
+    assert not load({**BATCH, "checkpoint": {"writer": None}}).resolve(1).checkpoint.saves_in_background
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_happens_on_sigterm_acts_with_its_switch(on):
+    block = {"save_on_sigterm": on, "exit_code": 85, "save_dir": "run"}
+    rows = {e.key.rpartition(".")[2]: e for e in load({**BATCH, "checkpoint": block}).resolve(1).answers()}
+    assert {rows["exit_code"].verdict, rows["save_dir"].verdict} == {"honoured" if on else "inert"}
+
+
+@pytest.mark.parametrize("block", [{"keep_last": 0}, {"exit_code": 256}, {"verify": "some"}, {"writer": {"kind": 1}}])
+def test_a_value_that_a_checkpoint_cannot_have_is_refused(block):
+    with pytest.raises(ValueError, match="keep_last|exit_code|verify|kind"):
+        load({**BATCH, "checkpoint": block})
 
 
 def test_several_refusals_come_in_one_error():

@@ -325,8 +325,6 @@ SHAPES = {
             *[f"activation_checkpointing.{n}" for n in ("synchronize_checkpoint_boundary", "profile")],
             *[f"flops_profiler.{n}" for n in ("enabled", "profile_step", "module_depth", "top_modules", "detailed")],
             *[f"comms_logger.{n}" for n in ("enabled", "verbose", "prof_all", "debug")],
-            "checkpoint.tag_validation",
-            "checkpoint.use_node_local_storage",
         ],
     ),
 }

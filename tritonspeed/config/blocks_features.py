@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tritonspeed.config.keys import Dtype, above, block, key, switched_on, unless
 
 WITH_TENSOR_PARALLEL = "acts only with tensor_parallel.autotp_size above 1"
-CHECKPOINT_LATER = "comes with the checkpoint work; nothing is saved or loaded yet"
+DIRECT_WRITER = "every rank writes its part past the page cache, several requests under way at once"
 COMPILE_NOTE = "nothing is compiled for you: torch.compile the model or its blocks before initialize"
 
 
@@ -147,20 +147,72 @@ class Elasticity:
     model_parallel_size: int = key(1, "for its rules", inert="acts only with elasticity.enabled")
 
 
+def _with_sigterm(config: Any) -> str | None:
+    """acts with checkpoint.save_on_sigterm"""
+    return None if config.checkpoint.save_on_sigterm else "acts with checkpoint.save_on_sigterm"
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """DeepSpeed's `checkpoint.writer`."""
+
+    type: Literal["FAST", "PYTHON", "MOCK"] = key("FAST", "what writes", inert=DIRECT_WRITER)
+    decoupled: bool = key(False, "write while training goes on, as checkpoint.async_save does")
+    io_buffer_size: int = key(64 * 2**20, "of a write", unit="bytes", inert=DIRECT_WRITER, low=0)
+    io_buffer_double: bool = key(True, "two buffers", inert=DIRECT_WRITER)
+    io_multiplier: int = key(1, "writers of a rank", inert=DIRECT_WRITER, low=0)
+    data_parallel: Literal["REPLICA", "SOCKET", "MACHINE"] | None = key(
+        None, "which ranks write", inert="every rank always writes its part"
+    )
+    show_statistics: bool = key(False, "print its speed", inert="the log says bytes and seconds of every save")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """How checkpoints are written and checked."""
+    """How checkpoints are written, checked and kept. Keys that DeepSpeed does not have say so."""
 
-    tag_validation: Literal["Ignore", "Warn", "Fail"] = key("Warn", "compare tags of ranks", inert=CHECKPOINT_LATER)
-    load_universal: bool = key(
-        False,
-        "read DeepSpeed's universal format",
-        refuse=unless(False, use="comes with the checkpoint work; set it to false"),
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = key(
+        "Warn", "when ranks save under different tags: nothing is said, a warning, or an error"
     )
-    use_node_local_storage: bool = key(False, "write on each node", inert=CHECKPOINT_LATER)
-    parallel_write: dict[str, Any] = key({}, "of pipeline stages", inert=CHECKPOINT_LATER)
+    load_universal: bool = key(
+        False, "read DeepSpeed's universal format; what a folder holds is recognised without it, too"
+    )
+    use_node_local_storage: bool = key(
+        False,
+        "write on each node",
+        refuse=unless(False, use="ranks commit a checkpoint together: set it to false, and save where all can write"),
+    )
+    parallel_write: dict[str, Any] = key({}, "of pipeline stages", inert="every rank always writes its part")
     checkpoint_serialization: bool = key(True, "pickle format", inert="nothing is pickled")
-    writer: dict[str, Any] | None = key(None, "the writer", inert=CHECKPOINT_LATER)
+    writer: CheckpointWriter = block(CheckpointWriter, "DeepSpeed's FastPersist")
+    async_save: bool = key(
+        False, "tritonspeed's own: write while training goes on, which waits for the copy to host memory only"
+    )
+    keep_last: int | None = key(
+        None, "tritonspeed's own: newest checkpoints that stay when one is saved; null deletes none", low=1
+    )
+    verify: Literal["full", "sampled", "none"] = key(
+        "full", "tritonspeed's own: which digests are compared when one is loaded"
+    )
+    save_model: bool = key(
+        False, "tritonspeed's own: write model/ too, which from_pretrained reads, in the computing type"
+    )
+    save_on_sigterm: bool = key(
+        False, "tritonspeed's own: on SIGTERM finish the step, save on all ranks, and exit with exit_code"
+    )
+    save_dir: str | None = key(
+        None,
+        "tritonspeed's own: where save_on_sigterm saves; null is where a checkpoint was last saved or loaded",
+        inert=_with_sigterm,
+    )
+    exit_code: int = key(
+        143, "tritonspeed's own: 143 is 128 + SIGTERM, which schedulers expect", inert=_with_sigterm, low=0, high=255
+    )
+
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether training goes on while a checkpoint is written."""
+        return self.async_save or self.writer.decoupled
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class ZeroOptimization:
     )
     gather_16bit_weights_on_model_save: bool = key(
         False,
-        "whether a whole low-precision model may be gathered to be saved (asked by Hugging Face before it saves)",
+        "save_16bit_model writes the whole model at stage 3; without it, nothing, and returns False",
         aliases=("stage3_gather_16bit_weights_on_model_save",),
         old=("stage3_gather_fp16_weights_on_model_save", "gather_fp16_weights_on_model_save"),
         inert=stage3_only,
@@ -142,10 +142,10 @@ class ZeroOptimization:
         True, "join the ranks' buckets", inert="a bucket is one exchange for all ranks already"
     )
     load_from_fp32_weights: bool = key(
-        True, "masters from a checkpoint's fp32 copy", inert="comes with the checkpoint work; nothing is loaded yet"
+        True, "masters come from a checkpoint's masters, not from its parameters, which may be rounded"
     )
     elastic_checkpoint: bool = key(
-        False, "load at another world size", inert="comes with the checkpoint work, where it needs no switch"
+        False, "load at another world size", inert="every checkpoint loads at any world size and stage"
     )
     legacy_stage1: bool = key(
         False, "the stage 1 of 2020", refuse=unless(False, use="remove it: there is one implementation of stage 1")
@@ -185,7 +185,9 @@ class ZeroOptimization:
         True, "gather around module.apply", inert="reading a parameter of a module gathers it, in apply too"
     )
     pipeline_loading_checkpoint: bool = key(
-        False, "load rank after rank", inert="comes with the checkpoint work, where files are mapped, not copied"
+        False,
+        "load rank after rank",
+        inert="a rank reads its own part, never more than a bucket ahead of it: there is no peak to lower",
     )
     log_trace_cache_warnings: bool = key(
         False,
