@@ -83,19 +83,26 @@ class ModelFolder:
                 self._write_rest(writer)
             writer.sync()
 
-    def write_from(self, source: Source, folder: Path, on_bytes: Callable[[int], None] | None = None) -> None:
+    def write_from(
+        self,
+        source: Source,
+        folder: Path,
+        on_bytes: Callable[[int], None] | None = None,
+        first: str = PARAMETERS,
+    ) -> None:
         """All of it, from a checkpoint, by one process.
 
         Args:
             folder: made where it is not there.
             on_bytes: told how many have been written.
+            first: the kind to take, where a parameter has two: what modules compute with, or MASTER.
 
         Raises:
             ValueError: a parameter of which the checkpoint has no values.
             CorruptCheckpoint: the checkpoint's bytes are not what was written.
             OSError: the system's reason.
         """
-        kinds = {name: weights_kind(source, name) for name in self.parameters}
+        kinds = {name: weights_kind(source, name, first) for name in self.parameters}
         folder.mkdir(parents=True, exist_ok=True)
         with WeightsWriter(folder, self.plan) as writer:
             for name, facts in self.parameters.items():

@@ -22,6 +22,8 @@ COMMANDS = {
     "check": "what each key of a ds_config.json does here",
     "estimate": "what a run needs in memory and on disk, what it moves, and which settings fit",
     "tune": "time the kernels' launch configurations on this GPU and keep the fastest",
+    "convert": "make one kind of checkpoint into another: tritonspeed's, DeepSpeed's universal, Hugging Face weights",
+    "verify": "whether every byte of a checkpoint is what was written",
     "demo": "train a small language model under ZeRO-3 and draw where its bytes are",
 }
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 100_000_000  # the format's own bound
+MOST_ELEMS = 2**53  # beyond it a JSON number is no exact integer
 PART_ELEMS = 4 * 2**20  # read at once: 16 MiB of fp32; the time of a request is lost in it
 
 _DTYPES = {
@@ -124,7 +125,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         wanted = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         good = isinstance(wanted, dict) and all(isinstance(x, str) for item in wanted.items() for x in item)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise ValueError(f'{path} is no index of safetensors files: it needs {{"weight_map": {{tensor: file, ...}}}}')
@@ -143,6 +144,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> Iterator[tuple[str, Entry]]:
     """(name, entry) of every tensor in a file, checked against the file's size."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -153,7 +156,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, Entry]]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         found = [(name, *_parse(path, facts, 8 + length)) for name, facts in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no safetensors file, its header cannot be read: {error!r}") from error
     for name, entry, end in found:
         if entry.begin < 8 + length or end - entry.begin != entry.numel * entry.dtype.itemsize or end > size:
@@ -168,6 +171,9 @@ def _parse(path: Path, facts: dict[str, Any], base: int) -> tuple[Entry, int]:
     dtype, shape, (begin, end) = facts["dtype"], facts["shape"], facts["data_offsets"]
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
+    numbers = [*shape, begin, end]
+    if not all(type(n) is int and 0 <= n <= MOST_ELEMS for n in numbers) or prod(n or 1 for n in shape) > MOST_ELEMS:
+        raise ValueError(f"shape {shape!r:.80} at bytes {begin!r:.40} to {end!r:.40}")
     return Entry(path, _DTYPES[dtype], tuple(shape), base + begin), base + end
 
 
