@@ -10,6 +10,7 @@ Nothing is copied here; ``Record.snapshot`` does.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from tritonspeed.checkpoint.record import GRADIENT, MASTER, OUTBOX, PARAMETERS, Record
 from tritonspeed.checkpoint.source import ParameterFacts
-from tritonspeed.offload import Tier
 from tritonspeed.offload.disk import DiskFlat
 from tritonspeed.offload.page_file import PageFile, Piece
 from tritonspeed.zero import ShardedModel
@@ -127,22 +127,26 @@ def _rounded(bucket: Bucket) -> Callable[[int, int], Tensor]:
 
 
 def _states(bucket: Bucket, states: ShardedStates) -> Iterator[Record]:
+    opening = threading.Lock()  # a bucket's tiles on disk are opened by one thread at a time
     for key, names in states.kinds(bucket).items():
         flat = _whole_flat(states.flat_of(bucket, key), bucket)
-        if flat is not None and bucket.tier is Tier.DISK:
+        if flat is not None:
             yield Record(flat.contents, flat.read, flat)
             continue
         dtype = states.dtype(bucket, key)
         file = _file(bucket, key, dtype, names)
         if file.pieces:
-            yield Record(file, _reader(bucket, states, key, dtype))
+            yield Record(file, _reader(bucket, states, key, dtype, opening))
 
 
-def _reader(bucket: Bucket, states: ShardedStates, key: str, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+def _reader(
+    bucket: Bucket, states: ShardedStates, key: str, dtype: torch.dtype, opening: threading.Lock
+) -> Callable[[int, int], Tensor]:
     first = bucket.own[0]
 
     def read(lo: int, hi: int) -> Tensor:
-        found = list(states.views(bucket, key, first + lo, first + hi))
+        with opening:
+            found = list(states.views(bucket, key, first + lo, first + hi))
         if len(found) == 1 and found[0][0].numel() == hi - lo and found[0][0].dtype == dtype:
             return found[0][0]
         joined = torch.zeros(hi - lo, dtype=dtype, device=found[0][0].device if found else None)

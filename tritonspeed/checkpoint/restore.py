@@ -292,22 +292,26 @@ def buffers_of(sharded: ShardedModel) -> dict[str, Tensor]:
     return kept
 
 
-@torch.no_grad()
-def fill_buffers(sharded: ShardedModel, values: dict[str, Tensor], strict: bool) -> list[str]:
-    """Persistent buffers from the checkpoint's; names that do not match.
+def fit_buffers(sharded: ShardedModel, values: dict[str, Tensor], strict: bool) -> dict[str, Tensor]:
+    """The checkpoint's buffers that fit the model's.
 
     Raises:
         MismatchedCheckpoint: ``strict``, and a buffer differs in shape, is absent, or is only there.
     """
     ours = buffers_of(sharded)
-    wrong = [name for name in (*ours, *values) if name not in ours or name not in values]
-    wrong += [name for name in ours if name in values and values[name].shape != ours[name].shape]
+    good = {name: values[name] for name in ours if name in values and values[name].shape == ours[name].shape}
+    wrong = sorted({*ours, *values} - set(good))
     if strict and wrong:
         raise MismatchedCheckpoint(
             f"buffers of the checkpoint do not fit {type(sharded.model).__name__}: {some_names(wrong)}. To load what "
             "fits, pass load_module_strict=False"
         )
-    for name, buffer in ours.items():
-        if name not in wrong:
+    return good
+
+
+@torch.no_grad()
+def fill_buffers(sharded: ShardedModel, values: dict[str, Tensor]) -> None:
+    """Set persistent buffers."""
+    for name, buffer in buffers_of(sharded).items():
+        if name in values:
             buffer.copy_(values[name])
-    return wrong

@@ -73,9 +73,20 @@ class Source(Protocol):
     Where the values of a kind were kept in another dtype, they come in that dtype; the reader converts.
     """
 
-    path: Path
-    parameters: Mapping[str, ParameterFacts]
-    facts: RunFacts
+    @property
+    def path(self) -> Path:
+        """For messages."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, ParameterFacts]:
+        """Every parameter, by its first name."""
+        ...
+
+    @property
+    def facts(self) -> RunFacts:
+        """Where the run stood."""
+        ...
 
     def kinds(self, name: str) -> frozenset[str]:
         """What there is of a parameter."""

@@ -16,6 +16,8 @@ from tritonspeed.config import Config
 from tritonspeed.engine.explain import explain_plan
 from tritonspeed.engine.getters import Getters
 from tritonspeed.engine.report import StepReport
+from tritonspeed.engine.saving import Saving
+from tritonspeed.engine.weights import Weights
 from tritonspeed.precision import Policy
 from tritonspeed.zero import Away, ShardedModel, ZeroOptimizer
 from tritonspeed.zero.tree import map_tensors
@@ -25,7 +27,7 @@ log = logging.getLogger("tritonspeed")
 _driving: list[Engine] = []  # engines inside ``backward``, which has scaled the loss: the innermost last
 
 
-class Engine(Getters, nn.Module):
+class Engine(Getters, Saving, Weights, nn.Module):
     """A sharded model, its optimizer and schedule, stepped together. Made by ``initialize``.
 
     Calls and names are DeepSpeed's; attributes that are not the engine's are the module's.
@@ -161,6 +163,7 @@ class Engine(Getters, nn.Module):
         A step whose gradients are not finite is skipped on all ranks, said in ``last_step``, and logged.
         """
         self._require_optimizer("step")
+        self._check_save()
         self._applied = False
         if self.is_gradient_accumulation_boundary():
             with self._timed("step"):
@@ -286,10 +289,6 @@ class Engine(Getters, nn.Module):
 
     # the model as a whole
 
-    def module_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
-        """Whole parameters and buffers on the CPU, one unit in memory at a time. Collective."""
-        return self.sharded.full_state_dict(rank0_only)
-
     def explain(self) -> str:
         """The plan as a table: unit, layout, dtypes, bytes, who gathers when."""
         return explain_plan(self.sharded, self.optimizer)
@@ -302,6 +301,7 @@ class Engine(Getters, nn.Module):
 
     def destroy(self) -> None:
         """Give the module back as it was: whole on every rank, without hooks. Collective at stage 3."""
+        self.wait_for_checkpoint()
         self.away.close()
         self.sharded.destroy()
 

@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     from tritonspeed.zero import Away, ShardedModel, ZeroOptimizer
 
 _NOT_YET = {
-    "save_checkpoint": "checkpoints come with the checkpoint work; until then torch.save(engine.module_state_dict())",
-    "load_checkpoint": "checkpoints come with the checkpoint work; until then zero.GatheredParameters(modifier_rank=0)",
-    **dict.fromkeys(
-        (
-            "save_16bit_model",
-            "save_fp16_model",
-            "_zero3_consolidated_16bit_state_dict",
-            "_consolidated_16bit_state_dict",
-        ),
-        "comes with the checkpoint work; until then torch.save(engine.module_state_dict())",
-    ),
-    "load_module_state_dict": "comes with the checkpoint work; until then zero.GatheredParameters(modifier_rank=0)",
     "train_batch": "belongs to the pipeline engine, which is not built: call engine, backward and step",
     "eval_batch": "belongs to the pipeline engine, which is not built: call the engine under torch.no_grad()",
 }

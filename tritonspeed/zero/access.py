@@ -44,10 +44,12 @@ def _gradient(bucket: Bucket, lo: int, hi: int) -> Tensor | None:
 
 
 def _state(bucket: Bucket, key: str, lo: int, hi: int) -> Tensor | None:
-    """None where this rank has no such state at all, empty where none of it falls into [lo, hi)."""
+    """None where there is no such state of these elements, empty where they are none of this rank's."""
     found = [values for values, _ in _stepper(bucket).states.views(bucket, key, lo, hi)]
     if found:
         return torch.cat(found).to(bucket.types.master)  # of whatever it is kept in
+    if lo < hi:
+        return None
     some = next(_stepper(bucket).states.views(bucket, key, *bucket.own), None)
     return None if some is None else torch.empty(0, dtype=bucket.types.master, device=bucket.mesh.device)
 
@@ -59,7 +61,7 @@ def _assemble(p: Parameter, local: Callable[[Bucket, int, int], Tensor | None]) 
     whole = torch.zeros(p.numel() + 1, dtype=bucket.types.master, device=bucket.mesh.device)
     if mine is not None:
         whole[lo - start : hi - start] = mine
-        whole[-1] = 1
+        whole[-1] = float(hi > lo or not p.numel())
     comm.sum_(bucket.mesh, whole, f"{bucket.name}: read")
     return whole[:-1].view(p.shape) if whole[-1] else None
 

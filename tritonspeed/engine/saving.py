@@ -1,0 +1,376 @@
+"""The engine's checkpoints, under DeepSpeed's names: what of a run is saved, and how it is resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonspeed.checkpoint import CorruptCheckpoint, MismatchedCheckpoint, Record, RunFacts, Source
+from tritonspeed.checkpoint.agree import same_text, together
+from tritonspeed.checkpoint.choose import candidates
+from tritonspeed.checkpoint.collect import Collected, collect
+from tritonspeed.checkpoint.model_folder import ModelFolder, configs_of
+from tritonspeed.checkpoint.opening import open_source
+from tritonspeed.checkpoint.randomness import random_state, set_random_state
+from tritonspeed.checkpoint.restore import (
+    Fit,
+    Wanted,
+    buffers_of,
+    fill,
+    fill_buffers,
+    fill_gradients,
+    fit,
+    fit_buffers,
+    publish,
+)
+from tritonspeed.checkpoint.save import Job, Saver
+from tritonspeed.version import __version__
+
+if TYPE_CHECKING:
+    from tritonspeed.comm import Mesh
+    from tritonspeed.config import Config
+    from tritonspeed.precision import Policy
+    from tritonspeed.zero import Away, ShardedModel, ZeroOptimizer
+
+log = logging.getLogger("tritonspeed")
+MODEL = "model"
+"""Beside the ranks' folders: what ``from_pretrained`` opens."""
+
+
+class Saving:
+    """The half of the engine that saves and loads. Every call is collective: all ranks make it."""
+
+    module: nn.Module
+    config: Config
+    policy: Policy
+    mesh: Mesh
+    sharded: ShardedModel
+    away: Away
+    optimizer: ZeroOptimizer | None
+    lr_scheduler: Any
+    training_dataloader: Any
+    global_steps: int
+    global_samples: int
+    micro_steps: int
+    skipped_steps: int
+    _accumulation: int
+    _micro_batch: Any
+    _num_backwards: int
+    _losses: list[Tensor]
+    _plan_sending: Callable[[], None]
+    _saver: Saver | None = None
+
+    # saving
+
+    def save_checkpoint(
+        self,
+        save_dir: Any,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save everything that a run needs to go on, into ``save_dir/tag``. Collective.
+
+        With ``checkpoint.async_save`` it returns when the state has been copied, and a thread writes on: a failure is
+        raised by the next call, or by ``wait_for_checkpoint``.
+
+        Args:
+            save_dir: a folder that all ranks see.
+            tag: name of the checkpoint; None is ``global_step<N>``.
+            client_state: whatever else is to be kept, each rank its own: plain values, tensors, arrays.
+            save_latest: let ``latest`` name it.
+            exclude_frozen_parameters: leave out what is not trained.
+
+        Returns:
+            True.
+
+        Raises:
+            SaveFailed: nothing was committed; earlier checkpoints are untouched.
+            CheckpointBusy: another process saves into this folder.
+            ValueError: something in ``client_state`` cannot be kept, or (``checkpoint.tag_validation`` "Fail") the
+                ranks gave different tags.
+        """
+        self.away.require_here("save_checkpoint()")
+        settings = self.config.checkpoint
+        collected = collect(self.sharded, exclude_frozen_parameters)
+        job = Job(
+            folder=Path(save_dir),
+            tag=self._agreed_tag(f"global_step{self.global_steps}" if tag is None else str(tag)),
+            records=collected.records,
+            scalars=collected.scalars,
+            state=self._rank_state(client_state or {}),
+            parameters=collected.parameters,
+            step=self.global_steps,
+            facts=self._facts(save_latest),
+            set_latest=save_latest,
+            keep_last=settings.keep_last,
+            extras=self._model_writer(collected, exclude_frozen_parameters) if settings.save_model else None,
+        )
+        if self._saver is None:
+            self._saver = Saver(self.mesh, empty=self._host_empty)
+        if settings.saves_in_background:
+            self._saver.start(job)
+        else:
+            self._saver.save(job)
+        return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the last asynchronous save is committed; nothing where none is under way. Collective.
+
+        Raises:
+            SaveFailed: it was not; the same on all ranks.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def _check_save(self) -> None:
+        """Raise what went wrong in an asynchronous save that has ended."""
+        if self._saver is not None:
+            self._saver.check()
+
+    def _host_empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self.sharded.homes.empty(numel, dtype, crosses=True)
+
+    def _agreed_tag(self, tag: str) -> str:
+        first, same = same_text(self.mesh, tag, "checkpoint: tag")
+        rule = self.config.checkpoint.tag_validation.lower()
+        if not same and rule == "fail":
+            raise ValueError(
+                f"the ranks gave save_checkpoint() different tags, rank {self.mesh.rank} {tag!r} and rank 0 {first!r}: "
+                "give the same one on every rank"
+            )
+        if not same and rule == "warn" and self.mesh.rank == 0:
+            log.warning("the ranks gave save_checkpoint() different tags: rank 0's, %r, is taken on all", first)
+        return first
+
+    def _facts(self, save_latest: bool) -> dict[str, Any]:
+        return {
+            "tritonspeed": __version__,
+            "torch": torch.__version__,
+            "stage": self.sharded.stage.number,
+            "dtype": str(self.policy.param).removeprefix("torch."),
+            "samples": self.global_samples,
+            "latest": save_latest,
+        }
+
+    def _rank_state(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        """What this rank keeps for itself; rank 0 what is common to all, too."""
+        state: dict[str, Any] = {
+            "random": random_state(self.mesh.device),
+            "losses": [loss.item() for loss in self._losses],
+            "client_state": client_state,
+            "buffers": {name: buffer.detach() for name, buffer in buffers_of(self.sharded).items()},
+        }
+        if hasattr(self.training_dataloader, "state_dict"):
+            state["data"] = self.training_dataloader.state_dict()
+        if self.mesh.rank == 0:
+            state["run"] = self._run_state(client_state)
+        return state
+
+    def _run_state(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        """``RunFacts``, and the config."""
+        optimizer = self.optimizer
+        scheduler = self.lr_scheduler
+        return {
+            "global_steps": self.global_steps,
+            "global_samples": self.global_samples,
+            "micro_steps": self.micro_steps,
+            "skipped_steps": self.skipped_steps,
+            "world": self.mesh.world,
+            "accumulation": self._accumulation,
+            "micro_batch": self._micro_batch,
+            "num_accumulated": self._num_backwards,
+            "optimizer": type(optimizer.inner).__name__ if optimizer else None,
+            "param_groups": self._group_settings(),
+            "scaler": optimizer.scaler.state_dict() if optimizer else None,
+            "scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
+            "client_state": client_state,
+            "config": {each.path: each.value for each in self.config.origin.given},
+        }
+
+    def _group_settings(self) -> list[dict[str, Any]]:
+        """The optimizer's groups with the names of their parameters."""
+        if self.optimizer is None:
+            return []
+        names: list[set[str]] = [set() for _ in self.optimizer.param_groups]
+        for chunk in self.optimizer.chunks:
+            index = next(i for i, g in enumerate(self.optimizer.param_groups) if g is self.optimizer.settings_of(chunk))
+            names[index] |= {piece.span.name for piece in chunk.pieces()}
+        groups = zip(self.optimizer.param_groups, names, strict=True)
+        return [{**{k: v for k, v in g.items() if k != "params"}, "params": sorted(n)} for g, n in groups]
+
+    def _model_writer(self, collected: Collected, exclude_frozen: bool) -> Callable[[Path, Sequence[Record]], None]:
+        """What writes ``model/`` beside the checkpoint: every rank its part, from what it saves anyway."""
+        buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self.sharded).items()}
+        configs = configs_of(self.module, self.policy.param)
+        folder = ModelFolder(collected.parameters, buffers, configs, exclude_frozen=exclude_frozen)
+        return lambda place, records: folder.write(place / MODEL, records, self.mesh.rank)
+
+    # loading
+
+    def load_checkpoint(
+        self,
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from a checkpoint of any world size, stage and tier: ours, or DeepSpeed's. Collective.
+
+        Args:
+            load_dir: what ``save_checkpoint`` was given, or the folder of one checkpoint.
+            tag: which; None takes what ``latest`` names, and if that is damaged the newest that is good, and says so.
+            load_module_strict: everything must fit the model and the optimizer; False loads what fits and logs the
+                rest.
+            load_optimizer_states: with the optimizer's states, settings, loss scale and gradients in accumulation.
+            load_lr_scheduler_states: with the schedule's.
+            load_module_only: parameters alone: no counters either.
+            custom_load_fn: called with ``src=`` the whole state dict and ``dst=`` the module; loads parameters instead.
+
+        Returns:
+            (path of the checkpoint, what this rank gave as ``client_state``); (None, None) where there is none.
+
+        Raises:
+            CorruptCheckpoint: the one that was named is damaged, or all are. The model may be partly overwritten.
+            MismatchedCheckpoint: it is another model's or optimizer's; nothing was changed.
+        """
+        self.away.require_here("load_checkpoint()")
+        self.wait_for_checkpoint()
+        wanted = Wanted(
+            states=load_optimizer_states and not load_module_only and self.optimizer is not None,
+            masters=bool(self.config.zero_optimization.load_from_fp32_weights),
+            strict=load_module_strict,
+        )
+        paths = together(self.mesh, lambda: candidates(Path(load_dir), None if tag is None else str(tag)))
+        for i, path in enumerate(paths):
+            try:
+                source, found, own = self._load(path, wanted, custom_load_fn)
+            except CorruptCheckpoint as error:
+                if i + 1 == len(paths):
+                    raise
+                log.warning("%s cannot be loaded, the one before it is tried: %s", path, error)
+                continue
+            if found.complaints():
+                log.warning("%s: loaded what fits, left: %s", path, "; ".join(found.complaints()))
+            if not load_module_only:
+                self._resume(source.facts, own, wanted, load_lr_scheduler_states)
+            source.close()
+            log.info("loaded %s, step %d", path, source.facts.global_steps)
+            return str(path), dict(own.get("client_state", source.facts.client_state))
+        log.warning("%s: there is no checkpoint to load", load_dir)
+        return None, None
+
+    def _load(
+        self, path: Path, wanted: Wanted, custom: Callable[..., Any] | None
+    ) -> tuple[Source, Fit, dict[str, Any]]:
+        """The tensors of one checkpoint; what this rank kept for itself comes with it.
+
+        Ranks agree after each part: one that fails alone would leave the others.
+        """
+        sharded, mesh = self.sharded, self.mesh
+        source = together(mesh, lambda: open_source(path, verify=self.config.checkpoint.verify))
+        found = together(mesh, lambda: self._fit(source, wanted))
+        own, buffers = together(mesh, lambda: self._states_in(source, wanted))
+        if custom is not None:
+            self._load_by(custom, source)
+            found = replace(found, sources={})
+        together(mesh, lambda: fill(sharded, source, found, wanted))
+        if wanted.states and source.facts.num_accumulated:
+            factor = (mesh.world / source.facts.world) if sharded.options.average else 1.0
+            together(mesh, lambda: fill_gradients(sharded, source, found, factor))
+        fill_buffers(sharded, buffers)
+        publish(sharded)
+        return source, found, own
+
+    def _states_in(self, source: Source, wanted: Wanted) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(what this rank kept for itself, the buffers that fit: its own, else rank 0's)."""
+        own = source.rank_state(self.mesh.rank)
+        buffers = (own or source.rank_state(0)).get("buffers")
+        return own, {} if buffers is None else fit_buffers(self.sharded, buffers, wanted.strict)
+
+    def _fit(self, source: Source, wanted: Wanted) -> Fit:
+        found = fit(self.sharded, source, wanted)
+        facts = source.facts
+        if not wanted.states:
+            return found
+        problems = []
+        assert self.optimizer is not None, "states are wanted where there is an optimizer"
+        if facts.param_groups and len(facts.param_groups) != len(self.optimizer.param_groups):
+            problems.append(
+                f"{len(facts.param_groups)} parameter groups in the checkpoint, {len(self.optimizer.param_groups)} here"
+            )
+        if facts.num_accumulated and self._micro_steps_done(facts) is None:
+            problems.append(
+                f"it was saved {facts.num_accumulated} micro-steps into a step of {facts.accumulation} × "
+                f"{facts.micro_batch} samples × {facts.world} ranks, which is no whole number of micro-steps of a step "
+                f"of {self._accumulation} × {self._micro_batch} × {self.mesh.world}"
+            )
+        found.left_out += problems
+        if problems and wanted.strict:
+            raise MismatchedCheckpoint(
+                f"{source.path}: {'; '.join(problems)}. To load what fits, pass load_module_strict=False"
+            )
+        return found
+
+    def _micro_steps_done(self, facts: RunFacts) -> int | None:
+        """How many micro-steps of ours the samples make that gradients are there of; None where they do not."""
+        if (facts.micro_batch, facts.world) == (self._micro_batch, self.mesh.world):
+            return facts.num_accumulated
+        theirs = (facts.micro_batch or 0) * facts.world
+        ours = (self._micro_batch or 0) * self.mesh.world
+        if theirs * facts.accumulation != ours * self._accumulation:
+            return None
+        done, rest = divmod(facts.num_accumulated * theirs, ours) if ours else (facts.num_accumulated, 0)
+        return None if rest else done
+
+    def _resume(self, facts: RunFacts, own: dict[str, Any], wanted: Wanted, with_schedule: bool) -> None:
+        """Counters, settings, schedule, loss scale, random states, data."""
+        self.global_steps, self.global_samples = facts.global_steps, facts.global_samples
+        self.skipped_steps = facts.skipped_steps
+        done = (self._micro_steps_done(facts) or 0) if wanted.states and facts.num_accumulated else 0
+        same = (facts.world, facts.accumulation) == (self.mesh.world, self._accumulation)
+        self.micro_steps = facts.micro_steps if same else facts.global_steps * self._accumulation + done
+        if facts.num_accumulated and not done:
+            self.micro_steps -= self.micro_steps % self._accumulation
+        self._num_backwards = done
+        self._losses.clear()
+        self._losses += [torch.tensor(loss, device=self.mesh.device) for loss in own.get("losses", ()) if done]
+        if wanted.states and self.optimizer is not None:
+            self._resume_optimizer(self.optimizer, facts)
+        if with_schedule and facts.scheduler is not None and hasattr(self.lr_scheduler, "load_state_dict"):
+            self.lr_scheduler.load_state_dict(facts.scheduler)
+        if "random" in own:
+            set_random_state(own["random"])
+        if "data" in own and hasattr(self.training_dataloader, "load_state_dict"):
+            self.training_dataloader.load_state_dict(own["data"])
+        self._plan_sending()
+
+    def _resume_optimizer(self, optimizer: ZeroOptimizer, facts: RunFacts) -> None:
+        if len(facts.param_groups) == len(optimizer.param_groups):
+            for group, saved in zip(optimizer.param_groups, facts.param_groups, strict=True):
+                group.update({k: v for k, v in saved.items() if k != "params" and (k in group or k == "initial_lr")})
+        if facts.scaler is not None:
+            optimizer.scaler.load_state_dict(facts.scaler)
+        optimizer.num_steps = facts.global_steps - facts.skipped_steps
+
+    def _load_by(self, custom: Callable[..., Any], source: Source) -> None:
+        """Parameters by the caller's own function."""
+        from tritonspeed.zero import GatheredParameters
+
+        whole = {}
+        for name, parameter in source.parameters.items():
+            kind = "master" if "master" in source.kinds(name) else "parameters"
+            numel = torch.Size(parameter.shape).numel()
+            whole[name] = source.read(kind, name, 0, numel).view(parameter.shape)
+        with GatheredParameters(list(self.module.parameters()), modifier_rank=0):
+            custom(src=whole, dst=self.module)
