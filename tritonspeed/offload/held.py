@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,7 +28,7 @@ from tritonspeed.offload.memory import PAGE_BYTES, host_empty
 from tritonspeed.offload.page_file import PageFile, create
 from tritonspeed.offload.runs import Run, Runs
 
-COPY_BYTES = 16 * 2**20  # read at once; two of them are in memory
+COPY_BYTES = 8 * 2**20  # read at once: one request; two of them are in memory for each file that is copied
 Way = Literal["linked", "reflinked", "copied"]
 
 _FICLONE = 0x40049409
@@ -38,7 +39,8 @@ _numbers = count()
 class Held:
     """One slot of a flat, as it was when ``DiskFlat.hold`` was called; what the run does since does not show.
 
-    Everything here may be called in another thread, one at a time. While the folder is open, bytes can be read.
+    Everything here may be called in other threads, ``read`` in several at once. Bytes can be read while the folder is
+    open.
 
     Attributes:
         contents: what the file holds; ``header_digest(contents)`` is that of its header.
@@ -49,6 +51,7 @@ class Held:
 
     def __init__(self, file: DirectFile, contents: PageFile, runs: Runs, pool: Pool) -> None:
         self.contents, self._pool, self._source = contents, pool, file
+        self._opening, self._is_durable = threading.Lock(), not file.is_dirty
         self._runs = Runs([*runs])
         for lo, hi in runs.gaps(0, contents.flat_bytes):
             self._runs.add(Run(lo, hi))
@@ -102,7 +105,8 @@ class Held:
         try:
             if way == "copied":
                 self._copy(path)
-            _sync(path)
+            if way != "linked" or not self._is_durable:  # else its name alone is new: a sync took 1.5 to 3 ms a file
+                _sync(path)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -221,10 +225,11 @@ class Held:
     def _open(self) -> DirectFile:
         if self._pool.is_closed:
             raise ValueError(f"{self._source.path}: its folder was closed before the checkpoint was written")
-        if self._file is None:
-            assert self._name is not None, f"{self._source.path}: read after its release"
-            self._file = DirectFile(self._name, self._pool, self._source.begin, self._source.num_bytes)
-        return self._file
+        with self._opening:
+            if self._file is None:
+                assert self._name is not None, f"{self._source.path}: read after its release"
+                self._file = DirectFile(self._name, self._pool, self._source.begin, self._source.num_bytes)
+            return self._file
 
 
 def _sync(path: Path) -> None:
