@@ -42,7 +42,9 @@ def test_ours_of_two_ranks_becomes_ours_of_one(tmp_path, monkeypatch) -> None:
         make(tmp_path / "a" / "global_step12"), tmp_path / "b" / "again", on_progress=lambda *x: told.append(x)
     )
     assert done.kind == "a checkpoint of tritonspeed"
-    assert list(done.left_out) == ["what ranks 1 to 1 kept for themselves: random states, data position, client_state"]
+    assert list(done.left_out) == [
+        "what other ranks than 0 kept for themselves: random states, data position, client_state"
+    ]
     assert (
         told[-1]
         == (done.num_elems, done.num_elems)
@@ -109,7 +111,7 @@ def test_ours_becomes_weights_and_ours_again(tmp_path, shard_bytes) -> None:
 
 def test_weights_in_another_dtype_without_frozen_ones(tmp_path) -> None:
     done = convert(make(tmp_path / "t"), tmp_path / "w", to="huggingface", dtype=torch.float16, exclude_frozen=True)
-    assert done.left_out[0] == "1 frozen parameters"
+    assert done.left_out[0] == "frozen parameters: 1"
     found = load_file(tmp_path / "w" / "model.safetensors")
     assert {n for n, t in found.items() if t.dtype == torch.float16} == set(PARAMETERS) - {"old"}
     assert torch.equal(found["up.weight"], values()["master"]["up.weight"].half().view(27, 13))

@@ -141,7 +141,7 @@ class _Plan:
         """What the target has not, in words."""
         source, facts = self.source, self.source.facts
         if self.frozen:
-            yield f"{len(self.frozen)} frozen parameters"
+            yield f"frozen parameters: {len(self.frozen)}"
         if self.to == PLAIN:
             states = sorted(set().union(*(source.kinds(n) for n in self.parameters)) - _NOT_STATES)
             if states:
@@ -158,7 +158,7 @@ class _Plan:
         if self.to != OURS and any(key in own for key in _OF_ONE_RANK):
             yield "random states and the data's position"
         if self.to == OURS and facts.world > 1 and any(key in own for key in _OF_ONE_RANK):
-            yield f"what ranks 1 to {facts.world - 1} kept for themselves: random states, data position, client_state"
+            yield "what other ranks than 0 kept for themselves: random states, data position, client_state"
 
 
 def _write_plain(plan: _Plan, target: Path, dtype: torch.dtype | None, max_shard_bytes: int | None) -> int:
