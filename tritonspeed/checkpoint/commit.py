@@ -1,9 +1,10 @@
-"""How the ranks of one save agree, through files in its hidden folder alone: a thread of each may do it.
+"""How the ranks of one save agree, through files in the shared folder alone: a thread of each may do it.
 
-    rank-1-of-2/index.json     this rank has all of its files on disk
-    rank-1-of-2/failed.json    it gave up, and why
-    failed.json                rank 0 says that the save has failed, and why; a rank that has read it removes its files
-    manifest.json              rank 0 has seen every index; next, the folder gets its tag
+    .<tag>.<save_id>/rank-1-of-2/index.json    this rank has all of its files on disk
+    .<tag>.<save_id>/failed-1.json             it gave up, and why
+    .<tag>.<save_id>/manifest.json             rank 0 has seen every index; next, the folder gets its tag
+    .<save_id>.open                            rank 0 has not ended; when this goes, the checkpoint is committed
+    .<save_id>.failed                          rank 0 says that the save has failed, and why
 
 Nobody asks torch.distributed anything: training uses it meanwhile.
 """
@@ -29,7 +30,6 @@ from tritonspeed.checkpoint.folder import (
     LATEST,
     check_place,
     hidden_name,
-    latest_tag,
     prune,
     publish,
     remove,
@@ -42,7 +42,8 @@ from tritonspeed.checkpoint.source import ParameterFacts
 from tritonspeed.offload.commit_record import digest_of
 from tritonspeed.offload.page_file import free_bytes
 
-FAILED = "failed.json"
+REASON_BYTES = 8192  # set aside by every rank beforehand: the reason may be a full disk
+MOST_REASON_CHARS = 1000  # of a text that takes up to six bytes of JSON each, beside two names
 MOST_PAUSE_S = 0.02
 FAREWELL_S = 30.0  # how long rank 0 leaves the reason of a failure for others to read
 SETTLE_S = 2.0  # a shared folder may show what another host did a little later
@@ -87,6 +88,8 @@ class Commit:
     rank: int
     world: int
     timeout_s: float
+    _given_up: str = ""
+    _in_place: bool = False
 
     @property
     def hidden(self) -> Path:
@@ -101,19 +104,46 @@ class Commit:
     def _of(self, rank: int) -> Path:
         return self.hidden / rank_folder(rank, self.world)
 
+    @property
+    def _reserve(self) -> Path:
+        """Room to say why."""
+        return self.hidden / f".reason-{self.rank}" if self.rank else self.folder / f".{self.save_id}.open"
+
+    def _failed_of(self, rank: int) -> Path:
+        return self.hidden / f"failed-{rank}.json" if rank else self.folder / f".{self.save_id}.failed"
+
+    def open(self) -> None:
+        """This rank's folder, and room to say why if it comes to that.
+
+        Raises:
+            OSError: the disk is full, read-only, or the hidden folder is not to be seen from here.
+        """
+        self.own.mkdir()
+        self._reserve.write_bytes(b" " * REASON_BYTES)
+
     def done(self, index: RankIndex) -> None:
         """This rank has written all it has to: its commit."""
+        if self.rank != 0:
+            self._reserve.unlink()
         write_durably(self.own / INDEX, index_text(index).encode())
         sync_folder(self.own)
 
     def give_up(self, error: BaseException) -> None:
-        """This rank cannot: say so, after its files are gone, for the reason may be a full disk."""
-        shutil.rmtree(self.own, ignore_errors=True)
+        """This rank cannot: say so."""
+        self._given_up = reason_of(error, self.folder)
+        if self.rank != 0:
+            self._say(self._given_up)
+
+    def _say(self, reason: str) -> None:
+        """Write why this rank failed, into room that is its own already: its files go first."""
+        if not self._in_place:
+            shutil.rmtree(self.own, ignore_errors=True)
         try:
-            self.own.mkdir(exist_ok=True)
-            write_durably(self.own / FAILED, json.dumps(reason_of(error, self.folder)).encode())
-        except OSError as second:
-            _log.error("rank %d could not say why its part of %s failed: %s (%s)", self.rank, self.tag, error, second)
+            with open(self._reserve, "r+b") as stream:
+                stream.write(json.dumps(reason).encode().ljust(REASON_BYTES))
+            os.rename(self._reserve, self._failed_of(self.rank))
+        except OSError as error:
+            _log.error("rank %d cannot tell the others: %s (%s)", self.rank, reason, error)
 
     def conclude(self, publication: Publication) -> Path:
         """The outcome, the same on all ranks; rank 0 brings it about.
@@ -125,21 +155,20 @@ class Commit:
             SaveFailed: which rank failed and why, or which are missing.
         """
         if self.rank != 0:
-            return self._await_outcome(publication)
+            return self._await_outcome()
         digests, reasons = self._gather()
         if not reasons:
             try:
                 self._publish(publication, digests)
                 return self.folder / self.tag
-            except OSError as error:
-                reasons = {0: reason_of(error, self.folder)}
             except Exception as error:
-                reasons = {0: str(error)}
+                reasons = {0: reason_of(error, self.folder)}
         raise SaveFailed(self._failed(reasons))
 
     def _gather(self) -> tuple[list[str], dict[int, str]]:
         """(digest of every rank's index, reason of every rank that failed); rank 0, once all have answered."""
-        digests, reasons = dict[int, str](), dict[int, str]()
+        digests: dict[int, str] = {}
+        reasons = {0: self._given_up} if self._given_up else {}
 
         def answered() -> bool:
             for rank in set(range(self.world)) - digests.keys() - reasons.keys():
@@ -147,7 +176,7 @@ class Commit:
                     digests[rank] = digest_of(content)
                     if f'"save_id": "{self.save_id}"'.encode() not in content[:200]:
                         reasons[rank] = "its index is of another save"
-                elif (content := _read(self._of(rank) / FAILED)) is not None:
+                elif (content := _read(self._failed_of(rank))) is not None:
                     reasons[rank] = json.loads(content)
             return len(digests.keys() | reasons.keys()) == self.world
 
@@ -172,13 +201,16 @@ class Commit:
             write_durably(self.hidden / MANIFEST, manifest_text(manifest).encode())
             sync_folder(self.hidden)
             old = publish(self.folder, self.hidden, self.tag, self.save_id)
+            self._in_place = True
+            sync_folder(self.folder)
+            if publication.set_latest:
+                os.rename(latest, self.folder / LATEST)
+                sync_folder(self.folder)
         except BaseException:
             with suppress(OSError):
                 latest.unlink()
             raise
-        if publication.set_latest:
-            os.rename(latest, self.folder / LATEST)
-            sync_folder(self.folder)
+        self._reserve.unlink(missing_ok=True)
         try:
             if old is not None:
                 remove(old)
@@ -190,50 +222,61 @@ class Commit:
     def _failed(self, reasons: Mapping[int, str]) -> str:
         """Tell all ranks, remove the folder; what was told."""
         text = self.said(reasons)
-        shutil.rmtree(self.own, ignore_errors=True)
-        with suppress(OSError):
-            write_durably(self.hidden / FAILED, json.dumps(text).encode())
-            alive = [self._of(rank) for rank in range(1, self.world) if self._of(rank).exists()]
-            poll(lambda: not any(path.exists() for path in alive), min(FAREWELL_S, self.timeout_s))
-        remove(self.hidden)
+        self._say(text)
+        poll(lambda: not any(self._is_here(rank) for rank in range(1, self.world)), min(FAREWELL_S, self.timeout_s))
+        self.abandon()
         return text
 
-    def _await_outcome(self, publication: Publication) -> Path:
+    def abandon(self) -> None:
+        """Rank 0: remove what there is of this save."""
+        remove(self.hidden)
+        for path in (self._failed_of(0), self._reserve):
+            with suppress(OSError):
+                path.unlink()
+
+    def _is_here(self, rank: int) -> bool:
+        """A rank that has answered and not left yet."""
+        return (self._of(rank) / INDEX).exists() or self._failed_of(rank).exists()
+
+    def _await_outcome(self) -> Path:
         """What rank 0 made of it, on the other ranks."""
-        found: list[str | None] = []
         gone_since: list[float] = []
+        verdict: list[str] = []
 
         def concluded() -> bool:
-            if (content := _read(self.hidden / FAILED)) is not None:
-                found.append(json.loads(content))
-            elif self._is_published(publication):
-                found.append(None)
-            elif not self.hidden.exists():
+            is_open = _read(self.folder / f".{self.save_id}.open", 1) is not None
+            if (content := _read(self._failed_of(0))) is not None:
+                verdict.append(json.loads(content))
+            elif not is_open and self._is_published():
+                verdict.append("")
+            elif not is_open:  # rank 0 has been cleared away, or this host's view of the folder is late
                 gone_since.append(time.monotonic())
-                return gone_since[-1] - gone_since[0] > SETTLE_S
-            return bool(found)
+                if gone_since[-1] - gone_since[0] > SETTLE_S:
+                    verdict.append(self._not_saved("rank 0 gave it up"))
+            return bool(verdict)
 
-        in_time = poll(concluded, 2 * self.timeout_s)  # rank 0 may have waited for a third one
-        if found and found[0] is None:
+        if not poll(concluded, 2 * self.timeout_s):  # rank 0 may have waited for a third one
+            verdict.append(self._not_saved(self._who_is_missing()))
+        if not verdict[0]:
             return self.folder / self.tag
-        if found and found[0] is not None:
-            shutil.rmtree(self.own, ignore_errors=True)
-            raise SaveFailed(found[0])
-        why = "rank 0 gave it up" if in_time else self._who_is_missing()
-        raise SaveFailed(self._not_saved(why))
+        shutil.rmtree(self.own, ignore_errors=True)
+        self._failed_of(self.rank).unlink(missing_ok=True)
+        raise SaveFailed(verdict[0])
 
     def said(self, reasons: Mapping[int, str]) -> str:
         """The error's text, the same on all ranks."""
         return self._not_saved("; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(reasons.items())))
 
     def _not_saved(self, why: str) -> str:
-        return f"checkpoint {self.tag!r} was not saved into {self.folder}: {why}; what was there before is as it was"
+        if len(why) > MOST_REASON_CHARS:
+            why = why[:MOST_REASON_CHARS] + " ..."
+        if self._in_place:
+            return f"checkpoint {self.tag!r} is in {self.folder}, and may not survive a power cut: {why}"
+        return f"checkpoint {self.tag!r} was not saved: {why}; what was in {self.folder} before is as it was"
 
-    def _is_published(self, publication: Publication) -> bool:
+    def _is_published(self) -> bool:
         content = _read(self.folder / self.tag / MANIFEST, 400)
-        if content is None or f'"save_id": "{self.save_id}"'.encode() not in content:
-            return False
-        return not publication.set_latest or latest_tag(self.folder) == self.tag
+        return content is not None and f'"save_id": "{self.save_id}"'.encode() in content
 
     def _who_is_missing(self) -> str:
         missing = [str(rank) for rank in range(self.world) if not (self._of(rank) / INDEX).exists()] or ["0"]

@@ -5,6 +5,7 @@
     save_dir/.global_step12.<save_id>/            one that is being written, or was when its save died
     save_dir/.global_step12.<save_id>.replaced/   what a new one of the same tag has taken the place of
     save_dir/.lock                                held by the process that saves
+    save_dir/.<save_id>.open                      there until a save has ended; its other small files: see ``commit``
 
 What is visible is whole: a checkpoint gets its name by one renaming, and loses it by one before anything of it goes.
 """
@@ -29,6 +30,7 @@ from tritonspeed.checkpoint.manifest import MANIFEST, MOST_JSON_BYTES, Manifest,
 LATEST, LOCK = "latest", ".lock"
 MOST_TAG_BYTES = 200  # a hidden name has 27 more, and file systems take 255
 _HIDDEN = re.compile(r"\.(?P<tag>.+)\.(?P<save_id>[0-9a-f]{16})(?P<replaced>\.replaced)?", re.DOTALL)
+_LEFTOVER = re.compile(rf"\.{LATEST}\.([0-9a-f]{{16}}|tmp)|\.[0-9a-f]{{16}}\.(open|failed)")
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 _log = logging.getLogger("tritonspeed")
 
@@ -226,7 +228,7 @@ def check_place(folder: Path, tag: str) -> None:
 
 
 def publish(folder: Path, hidden: Path, tag: str, save_id: str) -> Path | None:
-    """Give a whole hidden checkpoint its tag: the commit.
+    """Give a whole hidden checkpoint its tag: the commit. The folder is not synced.
 
     Returns:
         What had the tag until now, hidden; to be removed.
@@ -241,7 +243,6 @@ def publish(folder: Path, hidden: Path, tag: str, save_id: str) -> Path | None:
         if old is not None:
             os.rename(old, target)
         raise
-    sync_folder(folder)
     return old
 
 
@@ -262,8 +263,9 @@ def clear(folder: Path) -> None:
             except CorruptCheckpoint as error:
                 _log.warning("removed: %s", error)
         remove(path)
-    for path in folder.glob(f".{LATEST}.*"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def prune(folder: Path, keep_last: int, written: str) -> None:

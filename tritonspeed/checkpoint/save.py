@@ -34,7 +34,6 @@ from tritonspeed.checkpoint.folder import (
     clear,
     hidden_name,
     make_durably,
-    remove,
     write_synced,
 )
 from tritonspeed.checkpoint.manifest import STATE, RankIndex
@@ -168,8 +167,9 @@ class Saver:
             SaveFailed: nothing was committed, on any rank; the text is the same on all.
             CheckpointBusy: another process is saving into this folder.
         """
+        began = time.perf_counter()
         self.wait()
-        save = self._begin(job)
+        save = self._begin(job, began)
         self._snapshot(save, [r for r in job.records if r.flat is not None])
         self._run(save)
         return self._ended(save)
@@ -180,8 +180,9 @@ class Saver:
         Raises:
             SaveFailed, CheckpointBusy: as ``save``, before anything was written.
         """
+        began = time.perf_counter()
         self.wait()
-        save = self._begin(job)
+        save = self._begin(job, began)
         self._snapshot(save, job.records)
         save.stall_s = time.perf_counter() - save.began
         save.thread = threading.Thread(target=self._run, args=(save,), name="tritonspeed-save")
@@ -213,9 +214,9 @@ class Saver:
         assert save.outcome is not None, f"the save of {save.job.tag} ended without an outcome"
         raise save.outcome
 
-    def _begin(self, job: Job) -> _Save:
+    def _begin(self, job: Job, began: float) -> _Save:
         """What the ranks do together: agree on a hidden folder that all of them see."""
-        began, mesh = time.perf_counter(), self.mesh
+        mesh = self.mesh
         if mesh.is_simulated:
             raise ValueError("a simulated mesh has no values to save")
         if mesh.device.type == "cuda":
@@ -239,7 +240,7 @@ class Saver:
             self._agree(commit, error)
         except BaseException:
             if lock is not None:
-                remove(Path(job.folder) / hidden_name(told["tag"], told["save_id"]))
+                Commit(Path(job.folder), told["tag"], told["save_id"], 0, mesh.world, 0).abandon()
                 lock.release()
             raise
         return _Save(job, commit, lock, state, tensors, job.records, began)
@@ -248,6 +249,11 @@ class Saver:
         """Raise SaveFailed on all ranks if any has an error, or does not see the folder that rank 0 has made."""
         if not error and not poll(commit.hidden.is_dir, SETTLE_S):
             error = f"it does not see {commit.hidden}, which rank 0 has made: all hosts must share the folder"
+        try:
+            if not error:
+                commit.open()
+        except OSError as wrong:
+            error = reason_of(wrong, commit.folder)
         mine = torch.tensor([float(bool(error))], dtype=torch.float64, device=self.mesh.device)
         if exchange(self.mesh, mine).any():
             reasons = enumerate(gather_texts(self.mesh, error, _UNIT))
@@ -256,15 +262,19 @@ class Saver:
     def _snapshot(self, save: _Save, records: Sequence[Record]) -> None:
         """Values of their own for ``records``; an error is this rank's to tell the others, not to raise here."""
         wanted = {id(record) for record in records}
+        taken: list[Record] = []
+        save.records = taken
         try:
-            taken = []
             for record in save.job.records:
                 taken.append(record.snapshot(self._empty) if id(record) in wanted else record)
-                save.records = [*taken, *save.job.records[len(taken) :]]
             if self.mesh.device.type == "cuda":
                 torch.cuda.synchronize(self.mesh.device)
-        except Exception as error:
+        except BaseException as error:
             save.error = error
+            if not isinstance(error, Exception):  # Ctrl-C
+                save.commit.give_up(error)
+                self._let_go(save)
+                raise
 
     def _run(self, save: _Save) -> None:
         """Write, commit and conclude; never raises but for what is no error."""
@@ -285,20 +295,22 @@ class Saver:
         except Exception as error:
             save.outcome = error
         finally:
-            for record in save.records:
-                if record.held is not None:
-                    record.held.release()
-            save.records = ()  # snapshots go
-            if save.lock is not None:
-                with suppress(OSError):
-                    save.lock.release()
+            self._let_go(save)
+
+    def _let_go(self, save: _Save) -> None:
+        for record in save.records:
+            if record.held is not None:
+                record.held.release()
+        save.records = ()  # snapshots go
+        if save.lock is not None:
+            with suppress(OSError):
+                save.lock.release()
 
     def _write(self, save: _Save) -> int:
         """All this rank has to write; the bytes of its files."""
         if save.error is not None:
             raise save.error
         commit, job = save.commit, save.job
-        commit.own.mkdir()
         writer = Writer(self._requests)
         try:
             written = writer.write(commit.own, save.records, job.parameters)
