@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import said
+from engines import make, said, settings
 
 from tritonspeed.comm import Mesh
 from tritonspeed.engine.on_signal import SaveOnSignal
@@ -20,6 +20,7 @@ from tritonspeed.engine.on_signal import SaveOnSignal
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals")
 
 TIMEOUT_S = 60
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-3}}
 
 
 @pytest.fixture
@@ -113,6 +114,20 @@ raise SystemExit(143)
 """
 
 
+def start_two(folder: Path, program: str, *arguments: str) -> list[subprocess.Popen]:
+    script = folder / "ranks.py"
+    script.write_text(program)
+    command = [sys.executable, str(script)]
+    root = Path(__file__).parents[2]
+    return [subprocess.Popen([*command, str(rank), str(folder), *arguments], cwd=root) for rank in range(2)]
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    for each in processes:
+        each.kill()
+        each.wait()
+
+
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
     end = time.monotonic() + TIMEOUT_S
     while not path.exists():
@@ -121,12 +136,7 @@ def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_does_not_end_the_save(tmp_path):
-    script = tmp_path / "steps.py"
-    script.write_text(STEPS)
-    processes = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path], cwd=Path(__file__).parents[2])
-        for rank in range(2)
-    ]
+    processes = start_two(tmp_path, STEPS)
     try:
         for rank in range(2):
             wait_for(tmp_path / f"at-{rank}", processes)
@@ -140,6 +150,49 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_does_not_end_the
         assert [each.wait(TIMEOUT_S) for each in processes] == [143, 143]
         assert (tmp_path / "saved-0").read_text() == (tmp_path / "saved-1").read_text()
     finally:
-        for each in processes:
-            each.kill()
-            each.wait()
+        end(processes)
+
+
+TRAINS = """
+import sys, time, torch
+from pathlib import Path
+import torch.distributed as dist
+import tritonspeed as ts
+
+rank, folder, background = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "background"
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+config = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "zero_optimization": {"stage": 2},
+    "checkpoint": {
+        "save_on_sigterm": True, "exit_code": 85, "save_dir": str(folder / "saved"), "async_save": background
+    },
+}
+engine, *_ = ts.initialize(model=torch.nn.Linear(8, 8), config=config, dist_init_required=False)
+while True:
+    engine.backward(engine(torch.rand(2, 8)).square().mean())
+    engine.step()
+    (folder / f"at-{rank}").write_text(str(engine.micro_steps))
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("how", ["waiting", "background"])
+def test_a_run_is_saved_on_all_ranks_and_ends_with_the_code_that_was_asked_for(tmp_path, how):
+    processes = start_two(tmp_path, TRAINS, how)
+    try:
+        for rank in range(2):
+            wait_for(tmp_path / f"at-{rank}", processes)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [each.wait(TIMEOUT_S) for each in processes] == [85, 85]
+    finally:
+        end(processes)
+    num_micro = int((tmp_path / "at-0").read_text()) + 1  # the one that was under way was brought to its end
+    engine = make({**settings(1, accumulation=2), "optimizer": ADAMW}, torch.nn.Linear(8, 8))
+    path, _ = engine.load_checkpoint(tmp_path / "saved")
+    assert path == str(tmp_path / "saved" / f"global_step{num_micro // 2}")
+    assert engine.global_steps == num_micro // 2
