@@ -70,6 +70,7 @@ class Engine(Getters, Saving, Weights, nn.Module):
         hooks.begin_backward, hooks.after_backward = self._begin_backward, self._after_backward
         hooks.on_discard = self._on_discard
         self._plan_sending()
+        self._watch_signals()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -171,6 +172,7 @@ class Engine(Getters, Saving, Weights, nn.Module):
             self._report()
         self.micro_steps += 1
         self._plan_sending()
+        self._save_if_asked()
 
     def _step(self, lr_kwargs: dict[str, Any]) -> None:
         optimizer = self._require_optimizer("step")
@@ -302,6 +304,8 @@ class Engine(Getters, Saving, Weights, nn.Module):
     def destroy(self) -> None:
         """Give the module back as it was: whole on every rank, without hooks. Collective at stage 3."""
         self.wait_for_checkpoint()
+        if self._signals is not None:
+            self._signals.close()
         self.away.close()
         self.sharded.destroy()
 

@@ -30,6 +30,7 @@ from tritonspeed.checkpoint.restore import (
     publish,
 )
 from tritonspeed.checkpoint.save import Job, Saver
+from tritonspeed.engine.on_signal import SaveOnSignal
 from tritonspeed.version import __version__
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Saving:
     _losses: list[Tensor]
     _plan_sending: Callable[[], None]
     _saver: Saver | None = None
+    _signals: SaveOnSignal | None = None
+    _folder: Path | None = None  # where a checkpoint was last saved or loaded
 
     # saving
 
@@ -113,6 +116,7 @@ class Saving:
             keep_last=settings.keep_last,
             extras=self._model_writer(collected, exclude_frozen_parameters) if settings.save_model else None,
         )
+        self._folder = job.folder
         if self._saver is None:
             self._saver = Saver(self.mesh, empty=self._host_empty)
         if settings.saves_in_background:
@@ -134,6 +138,31 @@ class Saving:
         """Raise what went wrong in an asynchronous save that has ended."""
         if self._saver is not None:
             self._saver.check()
+
+    def _watch_signals(self) -> None:
+        """From now on SIGTERM ends the run after the step that is under way, saved; where the config asks for it."""
+        if self.config.checkpoint.save_on_sigterm:
+            self._signals = SaveOnSignal()
+
+    def _save_if_asked(self) -> None:
+        """Save and leave, if a signal came to any rank. Collective where signals are watched.
+
+        Raises:
+            SystemExit: saved, or there is no folder to save into.
+        """
+        if self._signals is None or not self._signals.asked(self.mesh):
+            return
+        folder = self.config.checkpoint.save_dir or self._folder
+        code = self.config.checkpoint.exit_code
+        if folder is None:
+            log.error("SIGTERM: not saved, since nobody named a folder: set checkpoint.save_dir in the config")
+            raise SystemExit(code)
+        self.wait_for_checkpoint()
+        self.save_checkpoint(folder)
+        self.wait_for_checkpoint()
+        if self.mesh.rank == 0:
+            log.warning("SIGTERM: step %d is saved in %s, the run ends with code %d", self.global_steps, folder, code)
+        raise SystemExit(code)
 
     def _host_empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.sharded.homes.empty(numel, dtype, crosses=True)
@@ -265,6 +294,7 @@ class Saving:
             if not load_module_only:
                 self._resume(source.facts, own, wanted, load_lr_scheduler_states)
             source.close()
+            self._folder = path.parent
             log.info("loaded %s, step %d", path, source.facts.global_steps)
             return str(path), dict(own.get("client_state", source.facts.client_state))
         log.warning("%s: there is no checkpoint to load", load_dir)

@@ -40,7 +40,6 @@ class Weights:
             exclude_frozen_parameters: leave out what is not trained.
             rank0_only: other ranks return an empty dictionary.
         """
-        self.away.require_here("module_state_dict()")
         whole = self.sharded.full_state_dict(rank0_only)
         if not exclude_frozen_parameters:
             return whole
