@@ -66,33 +66,38 @@ def one_step(folder: DiskFolder, flats: dict[str, Any], step: int) -> None:
     folder.commit(step, {"step": step})
 
 
-def train(path: str, acknowledge: Callable[[int], Any], last_call: int | None) -> None:
-    """Step until killed; ``last_call`` is the number of the system call that is not returned from."""
-    folder, flats = start(path)
-    acknowledge(0)
+def die_at(last_call: int | None, names: tuple[str, ...] = CALLS) -> None:
+    """From now on, system calls of these names are counted, and this one is not returned from."""
     numbers = itertools.count(1)
 
     def counted(name: str) -> Any:
         really = getattr(os, name)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if next(numbers) == last_call:
                 if name == "pwritev":  # half of it arrives
                     really(args[0], [args[1][0][:4096]], args[2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            return really(*args)
+            return really(*args, **kwargs)
 
         return call
 
     if last_call is not None:
-        for name in CALLS:
+        for name in names:
             setattr(os, name, counted(name))
+
+
+def train(path: str, acknowledge: Callable[[int], Any], last_call: int | None) -> None:
+    """Step until killed."""
+    folder, flats = start(path)
+    acknowledge(0)
+    die_at(last_call)
     for step in itertools.count(1):
         one_step(folder, flats, step)
         acknowledge(step)
 
 
-def nursery(pipe: Any) -> None:
+def nursery(pipe: Any, train: Callable[..., None]) -> None:
     """Fork and kill on request: everything is imported once, so a kill costs milliseconds."""
     torch.set_num_threads(1)
     write = os.write
@@ -126,10 +131,10 @@ def killed():
 
 
 @contextmanager
-def killing() -> Iterator[Callable[..., int]]:
+def killing(train: Callable[..., None] = train) -> Iterator[Callable[..., int]]:
     context = mp.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=nursery, args=(there,), daemon=True)
+    process = context.Process(target=nursery, args=(there, train), daemon=True)
     process.start()
 
     def kill(path: Path, last_call: int | None, delay_s: float = 0.0) -> int:
