@@ -22,8 +22,8 @@ from torch import Tensor
 from tritonspeed.checkpoint.data_file import DataFile
 from tritonspeed.offload.memory import HUGE_PAGE_BYTES, PAGE_BYTES, host_empty
 
-HELD_BYTES = 96 * 2**20
-AHEAD_BYTES = 32 * 2**20
+HELD_BYTES = 128 * 2**20
+AHEAD_BYTES = 48 * 2**20
 MOST_AHEAD = 64  # blocks
 THREADS = 4
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -27,6 +28,9 @@ FORMAT = "tritonspeed.checkpoint.1"
 MANIFEST, INDEX, STATE = "manifest.json", "index.json", "state.safetensors"
 MOST_ELEMS = 2**53  # beyond it a JSON number is no exact integer
 MOST_JSON_BYTES = 2**30
+MOST_RUN_BYTES = 2**32  # of what has one digest: a reader of a few elements reads so much in vain
+MOST_DIMENSIONS = 64  # of a tensor in PyTorch
+MOST_SCALAR = sys.float_info.max
 _PLAIN_NAME = re.compile(r"[^/\\\0]{1,255}")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
@@ -211,9 +215,11 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         parameters = {}
         for name, entry in _mapping(content["parameters"], "parameters").items():
             shape = tuple(_bounded(n, f"shape of {name!r}", 0) for n in _sequence(entry["shape"], "shape"))
+            if len(shape) > MOST_DIMENSIONS:
+                raise _Bad(f"{name!r} has {len(shape)} dimensions")
             _bounded(prod(shape), f"elements of {name!r}", 0)
             aliases = tuple(_text(a, "alias") for a in _sequence(entry.get("aliases", []), "aliases"))
-            parameters[name] = ParameterFacts(shape, _dtype(entry["dtype"]), bool(entry["trainable"]), aliases)
+            parameters[name] = ParameterFacts(shape, _dtype(entry["dtype"]), _truth(entry["trainable"]), aliases)
         indexes = tuple(_matching(d, _DIGEST, "digest") for d in _sequence(content["indexes"], "indexes"))
         if len(indexes) != world:
             raise _Bad(f"{len(indexes)} indexes of {world} ranks")
@@ -300,6 +306,12 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Bad(f"{value!r:.40} where true or false is expected")
+    return value
+
+
 def _bounded(value: Any, what: str, low: int, high: int = MOST_ELEMS) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise _Bad(f"{what}: {value!r}, must be a whole number in [{low}, {high}]")
@@ -360,10 +372,12 @@ def _file(value: Any, layouts: Sequence[tuple[Interval, ...]]) -> FileRecord:
     digests, end = [], 0
     for run in _sequence(entry["digests"], "digests"):
         lo, hi, digest = _sequence(run, "digest")
-        if lo != end or _bounded(hi, "hi", 1) <= lo:
+        if _bounded(lo, "lo", 0) != end or _bounded(hi, "hi", 1) <= lo:
             raise _Bad(f"{name}: run [{lo!r}, {hi!r}) does not follow byte {end}")
+        if hi - lo > MOST_RUN_BYTES:
+            raise _Bad(f"{name}: one digest of {hi - lo:,} bytes, at most {MOST_RUN_BYTES:,} are allowed")
         end = hi
-        digests.append((end - (hi - lo), hi, _matching(digest, _DIGEST, "digest")))
+        digests.append((lo, hi, _matching(digest, _DIGEST, "digest")))
     if end != numel * dtype.itemsize:
         raise _Bad(f"{name}: digests of {end} bytes, it has {numel * dtype.itemsize}")
     return FileRecord(
@@ -383,7 +397,7 @@ def _numbers(value: Any) -> tuple[dict[str, float], tuple[str, ...]]:
     values, names = _sequence(value, "scalars")
     found = {}
     for key, number in _mapping(values, "scalars").items():
-        if not isinstance(number, int | float) or isinstance(number, bool):
-            raise _Bad(f"scalar {key!r}: {number!r} is no number")
+        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) <= MOST_SCALAR:
+            raise _Bad(f"scalar {key!r}: {number!r:.40} is no number of the format")
         found[key] = number
     return found, tuple(_text(name, "name") for name in _sequence(names, "names"))
