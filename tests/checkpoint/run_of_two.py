@@ -52,7 +52,9 @@ def state_of(rank: int, accumulated: int = 0):
         "accumulation": 2, "micro_batch": 2, "num_accumulated": accumulated, "optimizer": "AdamW",
         "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": ["embed.weight", "up.weight", "up.bias"]},
                          {"lr": 0.2, "betas": (0.9, 0.99), "params": ["scale", "none"]}],
-        "scaler": {"cur_scale": 1.0}, "scheduler": {"last_batch_iteration": 11}, "client_state": {"best": 3},
+        "scaler": {"dynamic": True, "scale": 64.0, "num_updates": 12, "last_overflow": -1, "hysteresis_left": 2,
+                   "num_overflows_in_a_row": 0},
+        "scheduler": {"last_batch_iteration": 11}, "client_state": {"best": 3},
     }  # fmt: skip
     return {**own, "run": run} if rank == 0 else own
 

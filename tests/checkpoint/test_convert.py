@@ -83,9 +83,9 @@ def test_ours_becomes_weights_and_ours_again(tmp_path, shard_bytes) -> None:
     done = convert(path, tmp_path / "weights", to="huggingface", max_shard_bytes=shard_bytes)
     assert done.left_out == (
         "the optimizer's states: exp_avg, exp_avg_sq",
-        "fp32 masters, where there are 16-bit parameters that are not their rounding",
         "counters, settings of the optimizer, schedule, loss scale",
         "client_state",
+        "masters of 16-bit parameters that are not their masters, rounded",
         "random states and the data's position",
     )
     files = sorted((tmp_path / "weights").glob("*.safetensors"))
@@ -152,3 +152,32 @@ def test_plain_weights_keep_their_kind(tmp_path) -> None:
     convert(tmp_path / "w.safetensors", tmp_path / "run" / "start")
     source = open_source(tmp_path / "run")
     assert source.kinds("a") == {"master"} and source.kinds("b") == {"parameters"}
+
+
+def test_ours_becomes_universal_and_ours_again(tmp_path) -> None:
+    told = []
+    path = make(tmp_path / "global_step12", {"gradient": {"up.bias": torch.randn(27)}}, accumulated=1)
+    done = convert(path, tmp_path / "u" / "step12", to="universal", on_progress=lambda *x: told.append(x))
+    assert done.left_out == (
+        "gradients of 1 micro-steps in accumulation",
+        "values of 16-bit parameters that are not their masters, rounded",
+        "random states and the data's position",
+    )
+    assert told[-1] == (done.num_elems, done.num_elems)
+    back = convert(tmp_path / "u", tmp_path / "b" / "again")
+    assert back.kind == "a universal checkpoint of DeepSpeed"
+    source, truth = open_source(tmp_path / "b"), values()
+    wanted = {kind: {n: t.float() for n, t in truth[kind].items()} for kind in ("master", "exp_avg", "exp_avg_sq")}
+    assert_same(read_all(source), {**wanted, "parameters": {"old": truth["parameters"]["old"]}})
+    assert {n: (f.shape, f.trainable, f.aliases) for n, f in source.parameters.items()} == {
+        n: (f.shape, f.trainable, f.aliases) for n, f in PARAMETERS.items()
+    }
+    kept, run = asdict(source.facts), state_of(0)["run"]
+    assert {k: kept[k] for k in ("global_steps", "global_samples", "skipped_steps", "optimizer")} == {
+        k: run[k] for k in ("global_steps", "global_samples", "skipped_steps", "optimizer")
+    }
+    assert [group["lr"] for group in kept["param_groups"]] == [0.1, 0.2]
+    assert kept["scheduler"] == run["scheduler"] and kept["client_state"] == run["client_state"]
+    assert kept["num_accumulated"] == 0 and kept["scaler"]["scale"] == run["scaler"]["scale"]
+    assert source.scalars("up.bias") == {"step": 11.0}
+    assert all(torch.equal(source.rank_state(0)["buffers"][name], value) for name, value in BUFFERS.items())

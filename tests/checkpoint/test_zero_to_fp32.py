@@ -75,11 +75,11 @@ def test_the_state_dict(folder) -> None:
 
 
 def test_into_a_model(folder) -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(37, 13), "up": nn.Linear(13, 27), "other": nn.Linear(1, 1)})
-    kept = model["other"].weight.item()
+    up, other = nn.Linear(13, 27), nn.Linear(1, 1)
+    model, kept = nn.ModuleDict({"up": up, "other": other}), other.weight.item()
     assert load_state_dict_from_zero_checkpoint(model, folder) is model
-    assert torch.equal(model["up"].weight, wanted()["up.weight"])
-    assert model["other"].weight.item() == kept
+    assert torch.equal(up.weight, wanted()["up.weight"]) and torch.equal(up.bias, wanted()["up.bias"])
+    assert other.weight.item() == kept
 
 
 @pytest.mark.parametrize("size", [None, "1KB"])

@@ -26,6 +26,7 @@ from tritonspeed.checkpoint.opening import NAMES, OURS, PLAIN, UNIVERSAL, kind_o
 from tritonspeed.checkpoint.record import GRADIENT, MASTER, OUTBOX, PARAMETERS, Record
 from tritonspeed.checkpoint.save import Job, Saver
 from tritonspeed.checkpoint.source import ParameterFacts, Source
+from tritonspeed.checkpoint.universal import write_universal
 from tritonspeed.checkpoint.weights_file import MAX_SHARD_BYTES
 from tritonspeed.comm import Mesh
 from tritonspeed.offload.page_file import PageFile, Piece
@@ -119,13 +120,11 @@ class _Plan:
         self.frozen: list[str] = []
         for name, facts in source.parameters.items():
             has = source.kinds(name)
-            if OUTBOX in has:  # what the ranks have not added up yet; nobody here is one of them
-                has = has - {OUTBOX} | {GRADIENT}
             if not facts.trainable and (exclude_frozen or not has):
                 self.frozen.append(name)
                 continue
             self.parameters[name] = facts
-            self.kinds[name] = (weights_kind(source, name),) if to == PLAIN else tuple(sorted(has))
+            self.kinds[name] = tuple(sorted(_taken(source, name, to)))
         self.num_elems = sum(prod(self.parameters[n].shape) * len(kinds) for n, kinds in self.kinds.items())
 
     def read(self, kind: str, name: str, lo: int, hi: int) -> Tensor:
@@ -146,19 +145,31 @@ class _Plan:
             states = sorted(set().union(*(source.kinds(n) for n in self.parameters)) - _NOT_STATES)
             if states:
                 yield f"the optimizer's states: {', '.join(states)}"
-            if facts.num_accumulated:
-                yield f"gradients of {facts.num_accumulated} micro-steps in accumulation"
-            if any({MASTER, PARAMETERS} <= source.kinds(n) for n in self.parameters):
-                yield "fp32 masters, where there are 16-bit parameters that are not their rounding"
             if facts.optimizer or facts.scheduler or facts.scaler or facts.global_steps:
                 yield "counters, settings of the optimizer, schedule, loss scale"
-        if facts.client_state and self.to != OURS:
-            yield "client_state"
+            if facts.client_state:
+                yield "client_state"
+        if self.to != OURS and facts.num_accumulated:
+            yield f"gradients of {facts.num_accumulated} micro-steps in accumulation"
+        if self.to != OURS and any({MASTER, PARAMETERS} <= source.kinds(n) for n in self.parameters):
+            which = "masters of" if self.to == PLAIN else "values of"
+            yield f"{which} 16-bit parameters that are not their masters, rounded"
         own = source.rank_state(0)
         if self.to != OURS and any(key in own for key in _OF_ONE_RANK):
             yield "random states and the data's position"
         if self.to == OURS and facts.world > 1 and any(key in own for key in _OF_ONE_RANK):
             yield "what other ranks than 0 kept for themselves: random states, data position, client_state"
+
+
+def _taken(source: Source, name: str, to: Target) -> set[str]:
+    """Which kinds of a parameter's values the target has a place for."""
+    has = set(source.kinds(name))
+    if to == PLAIN:
+        return {weights_kind(source, name)}
+    if to == UNIVERSAL:
+        return has - {GRADIENT, OUTBOX} - ({PARAMETERS} if MASTER in has else set())
+    # what the ranks have not added up yet is added up: nobody will be one of them
+    return has - {OUTBOX} | {GRADIENT} if OUTBOX in has else has
 
 
 def _write_plain(plan: _Plan, target: Path, dtype: torch.dtype | None, max_shard_bytes: int | None) -> int:
@@ -193,8 +204,6 @@ def _configs_beside(path: Path) -> dict[str, str]:
 
 
 def _write_universal(plan: _Plan, target: Path, dtype: torch.dtype | None, max_shard_bytes: int | None) -> int:
-    from tritonspeed.checkpoint.universal import write_universal
-
     write_universal(_Counted(plan), target)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 

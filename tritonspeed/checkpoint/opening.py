@@ -14,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tritonspeed.checkpoint.data_file import Verify
+from tritonspeed.checkpoint.deepspeed_files import DeepSpeedCheckpoint
 from tritonspeed.checkpoint.errors import CorruptCheckpoint
 from tritonspeed.checkpoint.folder import check_tag, committed, find, latest_tag
 from tritonspeed.checkpoint.manifest import MANIFEST
 from tritonspeed.checkpoint.plain import PlainWeights
 from tritonspeed.checkpoint.source import Source
 from tritonspeed.checkpoint.stored import StoredCheckpoint
+from tritonspeed.checkpoint.universal import UniversalCheckpoint
 from tritonspeed.zero.tensor_files import INDEX, SINGLE, some_names
 
 OURS, DEEPSPEED, UNIVERSAL, PLAIN = "tritonspeed", "deepspeed", "universal", "huggingface"
@@ -54,12 +56,8 @@ def open_source(
     if kind == OURS:
         return StoredCheckpoint(found, verify, on_bytes)
     if kind == DEEPSPEED:
-        from tritonspeed.checkpoint.deepspeed_files import DeepSpeedCheckpoint
-
         return DeepSpeedCheckpoint(found, verify)
     if kind == UNIVERSAL:
-        from tritonspeed.checkpoint.universal import UniversalCheckpoint
-
         return UniversalCheckpoint(found, verify)
     return PlainWeights(found)
 

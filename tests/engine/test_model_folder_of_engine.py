@@ -1,0 +1,91 @@
+"""``checkpoint.save_model``: model/ beside a checkpoint is what modules compute with, whatever the stage and tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engines import make, settings
+from models import Net, batch
+from safetensors.torch import load_file
+from torch import nn
+
+from tritonspeed.checkpoint.stored import verify
+
+ADAMW = {"lr": 1e-2, "weight_decay": 0.01}
+
+
+class Model(nn.Module):
+    """Tied, frozen, with buffers that are saved and that are not, and with a config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(tied=True)
+        self.net.blocks[1].up.weight.requires_grad_(False)
+        self.register_buffer("seen", torch.tensor(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.config = SimpleNamespace(to_json_string=lambda: '{"model_type": "tiny"}')
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.net(*inputs)
+
+
+def written(folder: str, config: dict[str, Any], exclude_frozen: bool) -> None:
+    engine = make(config, Model)
+    for i in range(4):
+        if i == 3:
+            whole = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+            engine.save_checkpoint(folder, tag="t", exclude_frozen_parameters=exclude_frozen)
+        engine.backward(engine(*batch(engine.mesh.rank, i)))  # goes on while a thread writes
+        engine.step()
+    engine.wait_for_checkpoint()
+    engine.destroy()
+    if dist.get_rank():
+        return
+    model = Path(folder) / "t" / "model"
+    found = load_file(model / "model.safetensors")
+    assert found.keys() == whole.keys() - {"net.head.weight"}
+    for name, value in found.items():
+        assert value.dtype == whole[name].dtype and value.equal(whole[name]), name
+    said = (model / "config.json").read_text()
+    assert '"architectures": [\n    "Model"\n  ]' in said and '"dtype"' in said
+    assert verify(Path(folder) / "t") == 3
+
+
+@pytest.mark.parametrize("more", ["sync", "async", "rounded at random", "frozen ones left out"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_it_is_what_modules_compute_with(ranks: Any, tmp_path: Path, stage: int, more: str) -> None:
+    checkpoint = {"save_model": True, "async_save": more == "async"}
+    params = {**ADAMW, "stochastic_rounding": more == "rounded at random"}
+    config = settings(stage, 1, "bf16", optimizer={"type": "AdamW", "params": params}, checkpoint=checkpoint)
+    ranks(2, written, str(tmp_path), config, more == "frozen ones left out")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_from_disk(ranks: Any, tmp_path: Path, stage: int, is_async: bool) -> None:
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    zero["offload_optimizer"] = {"device": "nvme", "nvme_path": str(tmp_path / "disk")}
+    if stage == 3:
+        zero["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path / "disk"), "max_in_cpu": 0}
+    config = settings(
+        stage, 1, "bf16", zero_optimization=zero, optimizer={"type": "AdamW", "params": ADAMW},
+        checkpoint={"save_model": True, "async_save": is_async},
+    )  # fmt: skip
+    ranks(2, written, str(tmp_path), config, False)
+
+
+def test_a_model_alone(tmp_path: Path) -> None:
+    """In fp32, by one rank, without ranks."""
+    engine = make(settings(3, checkpoint={"save_model": True}), Model)
+    engine.save_checkpoint(tmp_path)
+    whole = engine.module_state_dict()
+    found = load_file(tmp_path / "global_step0" / "model" / "model.safetensors")
+    assert all(
+        found[name].equal(whole[name]) and found[name].dtype == torch.float32 for name in found if name != "seen"
+    )
+    engine.destroy()
