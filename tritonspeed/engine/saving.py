@@ -325,7 +325,10 @@ class Saving:
     def _states_in(self, source: Source, wanted: Wanted) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(what this rank kept for itself, the buffers that fit: its own, else rank 0's)."""
         own = source.rank_state(self.mesh.rank)
-        buffers = (own or source.rank_state(0)).get("buffers")
+        nearest = own or source.rank_state(0)
+        if not own and "data" in nearest:  # counted over all ranks: one more rank stands where the others do
+            own = {"data": nearest["data"]}
+        buffers = nearest.get("buffers")
         return own, {} if buffers is None else fit_buffers(self.sharded, buffers, wanted.strict)
 
     def _fit(self, source: Source, wanted: Wanted) -> Fit:
@@ -380,7 +383,7 @@ class Saving:
         if with_schedule and facts.scheduler is not None and hasattr(self.lr_scheduler, "load_state_dict"):
             self.lr_scheduler.load_state_dict(facts.scheduler)
         if "random" in own:
-            set_random_state(own["random"])
+            set_random_state(own["random"], self.mesh.device)
         if "data" in own and hasattr(self.training_dataloader, "load_state_dict"):
             self.training_dataloader.load_state_dict(own["data"])
         self._plan_sending()
