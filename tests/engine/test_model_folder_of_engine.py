@@ -14,6 +14,7 @@ from models import Net, batch
 from safetensors.torch import load_file
 from torch import nn
 
+import tritonspeed as ts
 from tritonspeed.checkpoint.stored import verify
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.01}
@@ -34,14 +35,18 @@ class Model(nn.Module):
         return self.net(*inputs)
 
 
+def train(engine: ts.Engine, steps: int) -> None:
+    for i in range(steps):
+        engine.backward(engine(*batch(engine.mesh.rank, i)))
+        engine.step()
+
+
 def written(folder: str, config: dict[str, Any], exclude_frozen: bool) -> None:
     engine = make(config, Model)
-    for i in range(4):
-        if i == 3:
-            whole = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
-            engine.save_checkpoint(folder, tag="t", exclude_frozen_parameters=exclude_frozen)
-        engine.backward(engine(*batch(engine.mesh.rank, i)))  # goes on while a thread writes
-        engine.step()
+    train(engine, 3)
+    whole = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    engine.save_checkpoint(folder, tag="t", exclude_frozen_parameters=exclude_frozen)
+    train(engine, 2)  # goes on while a thread writes
     engine.wait_for_checkpoint()
     engine.destroy()
     if dist.get_rank():

