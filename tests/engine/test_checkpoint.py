@@ -125,6 +125,11 @@ def test_resumes_from_disk_and_onto_it(ranks, tmp_path, stage):
     ranks(2, resumed, str(tmp_path / "b"), config(stage, 2, "bf16"), 4, 4, on_disk)
 
 
+def test_masters_on_disk_are_replaced_where_steps_have_been_committed(ranks, tmp_path):
+    given = config(2, 1, "bf16", zero_optimization=disk(2, str(tmp_path)))
+    ranks(1, resumed, str(tmp_path / "saved"), given, 4, 4)
+
+
 def saved(folder: str, given: dict[str, Any], micro: int) -> dict[str, Any]:
     engine = make(given)
     train(engine, 0, micro)

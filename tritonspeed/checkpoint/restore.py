@@ -163,11 +163,12 @@ def fill(sharded: ShardedModel, source: Source, found: Fit, wanted: Wanted) -> N
     with sharded.homes.editing() if sharded.homes else nullcontext():
         for bucket in sharded.buckets:
             bucket.wait()
+            # states first: on disk a tile is written whole, its masters as they were committed before
+            if stepper is not None and bucket.trainable and wanted.states:
+                _fill_states(sharded, bucket, source, found)
             for span in bucket.layout.spans:
                 if span.name in found.sources:
                     _fill_values(bucket, span, source, found.sources[span.name], wanted)
-            if stepper is not None and bucket.trainable and wanted.states:
-                _fill_states(sharded, bucket, source, found)
     if stepper is not None:
         stepper.states_changed()
 
