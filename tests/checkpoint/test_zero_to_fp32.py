@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tritonspeed.checkpoint import zero_to_fp32
+from tritonspeed.checkpoint.script import put_script
 from tritonspeed.checkpoint.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     convert_zero_checkpoint_to_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
-    put_script,
 )
 
 
@@ -150,6 +150,11 @@ def test_the_script(folder, tmp_path) -> None:
     failed = subprocess.run([*command[:-1], "none"], cwd=folder, capture_output=True, text=True, timeout=100)
     assert failed.returncode == 2
     assert failed.stderr.startswith("zero_to_fp32.py: there is no folder") and failed.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog) -> None:
+    put_script(tmp_path / "absent")
+    assert "zero_to_fp32.py could not be written" in caplog.text
 
 
 def test_the_script_without_tritonspeed_says_so(tmp_path) -> None:

@@ -1,6 +1,6 @@
 """DeepSpeed's functions that make one fp32 state dict of a checkpoint, under their names; ours and DeepSpeed's alike.
 
-Beside its checkpoints a run puts a script of this name, ``zero_to_fp32.py``, with DeepSpeed's command line.
+Beside its checkpoints a run puts a script of this name, with DeepSpeed's command line: see ``script``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tritonspeed.checkpoint.source import ParameterFacts, Source
 from tritonspeed.checkpoint.weights_file import index_text, parse_shard_size, shard_files, shard_names, write_tensors
 from tritonspeed.offload.heap import give_back_freed_blocks
 
-SCRIPT = "zero_to_fp32.py"
 _STEM = "pytorch_model"
 _DTYPES = {
     "float32": torch.float32,
@@ -156,37 +155,6 @@ def convert_zero_checkpoint_to_state_dict(
         _write_bins(source, output, parameters, buffers, most_bytes)
     source.close()
     _log.info("%s: %d parameters written to %s", source.path, len(parameters), output)
-
-
-def put_script(folder: str | os.PathLike[str]) -> Path:
-    """Put the script beside the checkpoints of a folder, whole or not at all; its path."""
-    path = Path(folder) / SCRIPT
-    if not path.exists() or path.read_bytes() != _SCRIPT_TEXT.encode():
-        write_durably(path, _SCRIPT_TEXT.encode())
-        path.chmod(0o755)
-    return path
-
-
-_SCRIPT_TEXT = '''#!/usr/bin/env python
-"""Makes one fp32 state dict of a checkpoint in this folder, for torch.load or safetensors.
-
-    python zero_to_fp32.py . output_folder                          pytorch_model.bin
-    python zero_to_fp32.py . output_folder --safe_serialization     model.safetensors
-    python zero_to_fp32.py . output_folder -t global_step100        not the one that `latest` names
-
-The checkpoints are safetensors files; docs/checkpoint-format.md of tritonspeed says what stands where in them.
-"""
-
-import sys
-
-try:
-    from tritonspeed.cli.zero_to_fp32 import main
-except ImportError as error:
-    sys.exit(f"zero_to_fp32.py needs tritonspeed ({error}): pip install tritonspeed")
-
-if __name__ == "__main__":
-    sys.exit(main())
-'''
 
 
 def _open(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Source:

@@ -30,6 +30,7 @@ from tritonspeed.checkpoint.restore import (
     publish,
 )
 from tritonspeed.checkpoint.save import Job, Saver
+from tritonspeed.checkpoint.script import put_script
 from tritonspeed.engine.on_signal import SaveOnSignal
 from tritonspeed.version import __version__
 
@@ -123,6 +124,8 @@ class Saving:
             self._saver.start(job)
         else:
             self._saver.save(job)
+        if self.mesh.rank == 0:
+            put_script(job.folder)
         return True
 
     def wait_for_checkpoint(self) -> None:
