@@ -93,4 +93,39 @@ def test_a_model_alone(tmp_path: Path) -> None:
     assert all(
         found[name].equal(whole[name]) and found[name].dtype == torch.float32 for name in found if name != "seen"
     )
+    assert (tmp_path / "zero_to_fp32.py").exists()
     engine.destroy()
+
+
+def pretrained(folder: str, stage: int, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    config = {
+        "GPT2LMHeadModel": lambda: transformers.GPT2Config(
+            vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=32
+        ),
+        "MixtralForCausalLM": lambda: transformers.MixtralConfig(**sizes, **heads, num_local_experts=3),
+    }[name]()
+    kind = getattr(transformers, name)
+    engine = make(settings(stage, 1, "bf16", checkpoint={"save_model": True}), lambda: kind(config))
+    tokens = torch.arange(14).view(2, 7) + 7 * dist.get_rank()
+    for _ in range(2):
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+    engine.save_checkpoint(folder, tag="t")
+    whole = engine.module_state_dict()
+    engine.destroy()
+    loaded, info = kind.from_pretrained(Path(folder) / "t" / "model", dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    found = loaded.state_dict()
+    assert found.keys() == whole.keys()
+    for name, value in found.items():
+        assert value.dtype == torch.bfloat16 and value.equal(whole[name]), name
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MixtralForCausalLM"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_from_pretrained_opens_it(ranks: Any, tmp_path: Path, stage: int, name: str) -> None:
+    pytest.importorskip("transformers", reason="from_pretrained is transformers' own: pip install 'tritonspeed[test]'")
+    ranks(2, pretrained, str(tmp_path), stage, name)
