@@ -221,6 +221,7 @@ class Saver:
             raise ValueError("a simulated mesh has no values to save")
         if mesh.device.type == "cuda":
             torch.cuda.synchronize(mesh.device)
+        folder = Path(job.folder).absolute()  # the thread may outlive a change of directory
         state, tensors, error, lock = None, {}, "", None
         try:
             state, tensors = encode(job.state, "state")
@@ -229,10 +230,10 @@ class Saver:
             error = str(wrong)
         told = {"save_id": new_save_id(), "tag": job.tag, "busy": "", "error": error}
         if mesh.rank == 0 and not error:
-            lock = _open_folder(Path(job.folder), told)
+            lock = _open_folder(folder, told)
         try:
             told = json.loads(broadcast_text(mesh, json.dumps(told) if mesh.rank == 0 else None, 0, _UNIT))
-            commit = Commit(Path(job.folder), told["tag"], told["save_id"], mesh.rank, mesh.world, mesh.timeout_s)
+            commit = Commit(folder, told["tag"], told["save_id"], mesh.rank, mesh.world, mesh.timeout_s)
             if told["busy"]:
                 raise CheckpointBusy(told["busy"])
             if told["error"]:
@@ -240,7 +241,7 @@ class Saver:
             self._agree(commit, error)
         except BaseException:
             if lock is not None:
-                Commit(Path(job.folder), told["tag"], told["save_id"], 0, mesh.world, 0).abandon()
+                Commit(folder, told["tag"], told["save_id"], 0, mesh.world, 0).abandon()
                 lock.release()
             raise
         return _Save(job, commit, lock, state, tensors, job.records, began)
