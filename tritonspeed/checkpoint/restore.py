@@ -38,11 +38,13 @@ class Wanted:
         states: the optimizer's, and gradients in accumulation.
         masters: fp32 values for trained parameters; False takes the 16-bit ones where both are there.
         strict: everything must fit; otherwise what fits is loaded, and the rest is listed.
+        values: parameters and masters at all; False where the caller sets them.
     """
 
     states: bool = True
     masters: bool = True
     strict: bool = True
+    values: bool = True
 
 
 @dataclass
@@ -166,7 +168,7 @@ def fill(sharded: ShardedModel, source: Source, found: Fit, wanted: Wanted) -> N
             # states first: on disk a tile is written whole, its masters as they were committed before
             if stepper is not None and bucket.trainable and wanted.states:
                 _fill_states(sharded, bucket, source, found)
-            for span in bucket.layout.spans:
+            for span in bucket.layout.spans if wanted.values else ():
                 if span.name in found.sources:
                     _fill_values(bucket, span, source, found.sources[span.name], wanted)
     if stepper is not None:

@@ -96,10 +96,10 @@ class Saving:
             True.
 
         Raises:
-            SaveFailed: nothing was committed; earlier checkpoints are untouched.
+            SaveFailed: nothing was committed, earlier checkpoints are untouched: the disk, or something in
+                ``client_state`` that cannot be kept.
             CheckpointBusy: another process saves into this folder.
-            ValueError: something in ``client_state`` cannot be kept, or (``checkpoint.tag_validation`` "Fail") the
-                ranks gave different tags.
+            ValueError: the ranks gave different tags, and ``checkpoint.tag_validation`` is "Fail".
         """
         self.away.require_here("save_checkpoint()")
         settings = self.config.checkpoint
@@ -316,7 +316,7 @@ class Saving:
         own, buffers = together(mesh, lambda: self._states_in(source, wanted))
         if custom is not None:
             self._load_by(custom, source)
-            found = replace(found, sources={})
+            wanted = replace(wanted, values=False)
         together(mesh, lambda: fill(sharded, source, found, wanted))
         if wanted.states and source.facts.num_accumulated:
             factor = (mesh.world / source.facts.world) if sharded.options.average else 1.0
