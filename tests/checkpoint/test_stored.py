@@ -53,6 +53,7 @@ def small_blocks(monkeypatch):
     """Blocks of two pages, so that small files have many; runs of more than four are long."""
     monkeypatch.setattr(data_file, "BLOCK_BYTES", 8192)
     monkeypatch.setattr(data_file, "LONG_BYTES", 16384)
+    monkeypatch.setattr(blocks, "RETURNED_BYTES", 4096)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -265,6 +266,22 @@ def test_threads_may_read_at_once(tmp_path, small_blocks):
         found._blocks = blocks.Blocks(6 * 8192, 2 * 8192)
         for done in [threads.submit(compare, found, truth, random.Random(i), 60) for i in range(4)]:
             done.result()
+
+
+def test_values_stay_what_they_are(tmp_path, small_blocks):
+    """Their memory is used again, once nobody has them any more."""
+    truth = {"master": {"w": torch.randn(60_000)}}
+    path = write(tmp_path / "c", facts({"w": (60_000,)}), spread(truth, 1, random.Random(3)))
+    with StoredCheckpoint(path) as found:
+        kept, places = [], set()
+        for lo in range(0, 60_000, 2000):
+            got = found.read("master", "w", lo, lo + 2000)
+            places.add(got.data_ptr())
+            if lo % 3:
+                kept.append((lo, got[500:].view(torch.int32)))  # a view is enough to hold it
+        assert len(places) < 30
+    for lo, got in kept:
+        assert torch.equal(got.view(torch.float32), truth["master"]["w"][lo + 500 : lo + 2000])
 
 
 def test_a_file_system_without_direct_io(tmp_path, monkeypatch, small_blocks):

@@ -10,21 +10,24 @@ reading ahead takes the place of what was read through, never of what is being r
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from tritonspeed.checkpoint.data_file import DataFile
+from tritonspeed.offload.direct import bytes_of
 from tritonspeed.offload.memory import HUGE_PAGE_BYTES, PAGE_BYTES, host_empty
 
 HELD_BYTES = 128 * 2**20
 AHEAD_BYTES = 48 * 2**20
 MOST_AHEAD = 64  # blocks
+RETURNED_BYTES = 2 * 2**20  # what is smaller is the allocator's affair
 THREADS = 4
 
 Key = tuple[DataFile, int]
@@ -65,6 +68,7 @@ class Blocks:
         self._threads: ThreadPoolExecutor | None = None
         self._held: OrderedDict[Key, _Held] = OrderedDict()  # least recently used first
         self._free: list[Tensor] = []
+        self._returned: deque[Tensor] = deque(maxlen=2)
         self._current: dict[DataFile, int] = {}
         self._in_a_row: dict[DataFile, int] = {}
         self._plan: list[Key] = []
@@ -179,6 +183,24 @@ class Blocks:
             end = max(last + 1, index + 2 ** min(self._in_a_row[file], MOST_AHEAD.bit_length()))
             yield from ((file, i) for i in range(index + 1, min(end, len(file.blocks))))
 
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Memory for values that are given away, (numel,).
+
+        What is large comes back when the last tensor on it is garbage, and is given again: a fifth of a load's time
+        went into pages fresh from the system.
+        """
+        num_bytes = numel * dtype.itemsize
+        if num_bytes < RETURNED_BYTES:
+            return torch.empty(numel, dtype=dtype)
+        capacity, buffer = _capacity(num_bytes), None
+        with suppress(IndexError):  # no lock: what comes back does so at any moment, in any thread
+            buffer = self._returned.popleft()
+        if buffer is None or buffer.numel() != capacity:
+            buffer = host_empty(capacity, torch.uint8)
+        view = bytes_of(buffer)  # the tensor holds this, and this nothing else
+        finalize(view, self._returned.append, buffer)
+        return torch.frombuffer(view, dtype=dtype, count=numel)
+
     def close(self) -> None:
         """Let go of the memory and the threads."""
         if self._threads is not None:
@@ -187,6 +209,7 @@ class Blocks:
         with self._lock:
             self._held.clear()
             self._free.clear()
+        self._returned = deque(maxlen=0)
 
 
 def _capacity(num_bytes: int) -> int:

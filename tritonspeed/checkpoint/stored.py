@@ -282,8 +282,8 @@ class StoredCheckpoint:
         start, end = ((place.start + at - place.lo) * size for at in (lo, hi))
         file.check_header()
         try:
-            values = torch.empty(hi - lo, dtype=file.record.dtype)
-        except RuntimeError as error:
+            values = self._blocks.empty(hi - lo, file.record.dtype)
+        except (MemoryError, RuntimeError) as error:
             raise CheckpointError(f"{file.path}: {end - start:,} bytes do not fit into memory: {error}") from error
         into = values.view(torch.uint8)
         indexes = _blocks_of(place, lo, hi)
