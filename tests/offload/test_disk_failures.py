@@ -80,6 +80,7 @@ def test_what_a_dead_run_left_is_replaced_with_a_warning(tmp_path, caplog):
         assert not caplog.records
         second.flat("new", "master", torch.float32, 10)
     assert "replacing what an earlier run left, step 41 committed at 20" in caplog.text
+    assert "engine.load_checkpoint(save_dir) takes the last checkpoint that was saved" in caplog.text
     assert not list(second.folder.glob("old*"))
     with pytest.raises(FileNotFoundError, match="nothing was committed"):
         verify(second.folder)

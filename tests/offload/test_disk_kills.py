@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from folders import SMALL, on_pages
+from power import Log, rebuilt
 from safetensors import safe_open
 
 from tritonspeed.offload.disk import CorruptState, DiskFolder, committed, verify
@@ -200,79 +201,6 @@ def test_kills_at_random_times(tmp_path, killed, num_kills=NUM_RANDOM_KILLS):
     assert max(steps) > 0, "no run came as far as its first step"
 
 
-class Log:
-    """Every call that changes the folder, in order, and the disk's contents before the first of them."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        self.events: list[tuple[Any, ...]] = []
-        really = {name: getattr(os, name) for name in CALLS}
-
-        def name_of(descriptor: int) -> str:
-            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-            return "." if path == folder else path.name
-
-        def pwritev(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-            self.events.append(("write", name_of(descriptor), offset, bytes(buffers[0])))
-            return really["pwritev"](descriptor, buffers, offset)
-
-        def write(descriptor: int, content: memoryview) -> int:
-            self.events.append(("write", name_of(descriptor), os.lseek(descriptor, 0, os.SEEK_CUR), bytes(content)))
-            return really["write"](descriptor, content)
-
-        def sync(name: str) -> Any:
-            def call(descriptor: int) -> None:
-                really[name](descriptor)
-                self.events.append(("sync", name_of(descriptor)))
-
-            return call
-
-        def rename(source: Path, target: Path) -> None:
-            really["rename"](source, target)
-            self.events.append(("rename", Path(source).name, Path(target).name))
-
-        for name, call in (("pwritev", pwritev), ("write", write), ("rename", rename)):
-            monkeypatch.setattr(os, name, call)
-        for name in ("fdatasync", "fsync"):
-            monkeypatch.setattr(os, name, sync(name))
-
-    def play(self, num_events: int, random_: random.Random, loses_syncs: bool = False) -> tuple[dict[str, bytes], int]:
-        """The disk after a power cut behind so many events, and the last acknowledged step.
-
-        What was synced is there; of the rest, any sectors of any writes, and as many of the renamings as may be.
-        """
-        files = {name: bytearray(content) for name, content in self.before.items()}
-        durable, names = dict(files), dict(files)  # the folder's entries, on the disk and in memory
-        history, unsynced, acknowledged = [durable], [], 0
-        for event in self.events[:num_events]:
-            if event[0] == "write":
-                _, name, offset, content = event
-                file = names.setdefault(name, bytearray())
-                unsynced += [(file, offset + i, content[i : i + 512]) for i in range(0, len(content), 512)]
-            elif event == ("sync", ".") and not loses_syncs:
-                history = [dict(names)]
-            elif event[0] == "sync" and not loses_syncs:
-                file = names[event[1]]
-                for part in [part for part in unsynced if part[0] is file]:
-                    _put(*part)
-                unsynced = [part for part in unsynced if part[0] is not file]
-            elif event[0] == "rename":
-                names[event[2]] = names.pop(event[1])
-                history.append(dict(names))
-            elif event[0] == "acknowledged":
-                acknowledged = event[1]
-        share = random_.choice((0.0, 0.5, 1.0))
-        for part in unsynced:
-            if random_.random() < share:
-                _put(*part)
-        return {name: bytes(content) for name, content in random_.choice(history).items()}, acknowledged
-
-
-def _put(file: bytearray, offset: int, content: bytes) -> None:
-    file.extend(bytes(max(0, offset + len(content) - len(file))))
-    file[offset : offset + len(content)] = content
-
-
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """A log of four steps and of an edit."""
@@ -287,19 +215,12 @@ def log(tmp_path, monkeypatch):
     return log
 
 
-def after_power_cut(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
 def test_a_power_cut_behind_every_call(tmp_path, log):
     seen = set()
     for number in range(len(log.events) + 1):
         for seed in range(3):
             files, acknowledged = log.play(number, random.Random(1000 * number + seed))
-            step = check(after_power_cut(tmp_path / f"{number}.{seed}", files), acknowledged)
+            step = check(rebuilt(tmp_path / f"{number}.{seed}", files), acknowledged)
             seen.add(step - acknowledged)
     assert seen == {0, 1}, "not all moments around a commit were met"
 
@@ -309,7 +230,7 @@ def test_the_power_cut_bites_where_nothing_is_synced(tmp_path, log):
     for number in range(len(log.events) + 1):
         files, acknowledged = log.play(number, random.Random(number), loses_syncs=True)
         try:
-            check(after_power_cut(tmp_path / str(number), files), acknowledged)
+            check(rebuilt(tmp_path / str(number), files), acknowledged)
         except (AssertionError, CorruptState):
             broken += 1
     assert broken > 5

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from folders import SMALL
+from power import Log, rebuilt
 from safetensors.torch import load_file
 from test_disk_kills import CALLS, KINDS, check, contents, die_at, killing, one_step, start
 
@@ -48,6 +49,7 @@ def save(flats: dict[str, Any], kept: Path, step: int) -> None:
         each.release()
     if (old := kept / str(step - NUM_KEPT)).exists():
         os.rename(old, kept / ".old")
+        sync(kept)
         shutil.rmtree(kept / ".old")
 
 
@@ -135,6 +137,36 @@ def test_kills_at_random_times_and_the_next_run(tmp_path, killed, num_kills=NUM_
         check_kept(path / "kept", acknowledged)
         shutil.rmtree(path)
     assert max(newest) > 1, "no run came as far as its second step"
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """A log of four steps, each saved, and of an edit that was saved."""
+    root = tmp_path / "run"
+    folder, flats = start(str(root))
+    (root / "kept").mkdir()
+    save(flats, root / "kept", 0)
+    with monkeypatch.context() as patched:
+        log = Log(root, patched)
+        for step in range(1, 5):
+            one_step(folder, flats, step)
+            save(flats, root / "kept", step)
+            log.events.append(("acknowledged", step))
+        flats["master"].edit(100, flats["master"].read(100, 5000))  # all of the same values: another slot, one step
+    folder.close()
+    return log
+
+
+def test_a_power_cut_behind_every_call(tmp_path, log):
+    seen = set()
+    for number in range(len(log.events) + 1):
+        renamed = number and log.events[number - 1][0] == "rename"  # most is at stake
+        for seed in range(10 if renamed else 1):
+            files, acknowledged = log.play(number, random.Random(1000 * number + seed))
+            path = rebuilt(tmp_path / f"{number}.{seed}", files)
+            seen.add(check_all(path, acknowledged) - acknowledged)
+            shutil.rmtree(path)
+    assert seen == {0, 1}, "not all moments around a save were met"
 
 
 if __name__ == "__main__":

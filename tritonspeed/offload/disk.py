@@ -9,7 +9,7 @@
 
 A step reads the committed slots and writes the others. ``commit`` waits until the disk has them, replaces the record by
 renaming, and only then flips the slots. Whenever the machine stops, the record names files that nobody has touched
-since they were complete.
+since they were complete. A checkpoint links the committed slots; a slot that is linked is never written into again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ _log = logging.getLogger("tritonspeed")
 class DiskFolder:
     """One rank's folder, ``<path>/tritonspeed/rank-<r>-of-<w>/``, held by this run alone.
 
-    What an earlier run left is replaced when the first flat is made; a warning names its last committed step.
+    What an earlier run left is replaced when the first flat is made; a warning names its last committed step. Runs go
+    on from checkpoints, which have the files they need under names of their own (``DiskFlat.hold``).
 
     Args:
         path: a folder on the disk; made where only its last part is missing.
@@ -246,7 +247,11 @@ class DiskFolder:
         try:
             old = read_record(self.folder)
             _log.warning(
-                "%s: replacing what an earlier run left, step %d committed at %s", self.folder, old.step, old.time
+                "%s: replacing what an earlier run left, step %d committed at %s; a run does not go on from there: if "
+                "this one should, engine.load_checkpoint(save_dir) takes the last checkpoint that was saved",
+                self.folder,
+                old.step,
+                old.time,
             )
         except FileNotFoundError:
             pass
