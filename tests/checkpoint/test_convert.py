@@ -145,6 +145,7 @@ def test_a_damaged_one_is_found_and_nothing_is_committed(tmp_path) -> None:
     assert not (tmp_path / "b" / "t").exists()
     with pytest.raises(CorruptCheckpoint, match="their digest does not match"):
         convert(path, tmp_path / "w", to="huggingface")
+    assert not any("w" in each.name for each in tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_plain_weights_keep_their_kind(tmp_path) -> None:

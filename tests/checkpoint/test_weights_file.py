@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -149,5 +151,20 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path) -> None:
     path.write_text("an older one")
     with pytest.raises(ValueError, match="safetensors has no such tensor"):
         write_tensors(path, {"a": torch.zeros(2, dtype=torch.complex64)})
+    assert path.read_text() == "an older one"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_that_the_system_refuses_is_named(tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("an older one")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large: it is to have 4,[0-9]{3} bytes, .* are free") as caught:
+            write_tensors(path, {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith("model.safetensors")
     assert path.read_text() == "an older one"
     assert os.listdir(tmp_path) == [path.name]

@@ -10,6 +10,7 @@ What the target has no place for is left out, and said. Values are copied bit by
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tritonspeed.checkpoint.folder import sync_folder
 from tritonspeed.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, ModelFolder, weights_kind
 from tritonspeed.checkpoint.model_folder import NAME as MODEL
 from tritonspeed.checkpoint.opening import NAMES, OURS, PLAIN, UNIVERSAL, kind_of, locate, open_source
@@ -181,7 +183,13 @@ def _write_plain(plan: _Plan, target: Path, dtype: torch.dtype | None, max_shard
     }
     buffers = plan.source.rank_state(0).get("buffers", {})
     folder = ModelFolder(parameters, buffers, _configs_beside(plan.source.path), max_shard_bytes)
-    folder.write_from(_Counted(plan), target)
+    hidden = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        folder.write_from(_Counted(plan), hidden)
+        os.rename(hidden, target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
     return folder.plan.num_bytes
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tritonspeed.checkpoint.folder import sync_folder, write_synced
 from tritonspeed.offload.direct import bytes_of
-from tritonspeed.offload.page_file import DTYPES, MAX_HEADER_BYTES
+from tritonspeed.offload.page_file import DTYPES, MAX_HEADER_BYTES, free_bytes
 from tritonspeed.zero.tensor_files import PART_ELEMS
 
 STEM = "model"
@@ -196,29 +198,26 @@ class WeightsWriter:
         assert lo >= 0 and lo + values.numel() <= place.numel, (
             f"{name}: elements [{lo}, {lo + values.numel()}) of {place.numel}"
         )
-        descriptor = self._descriptor(place.file)
         for start in range(0, values.numel(), PART_ELEMS):
             part = values[start : start + PART_ELEMS].to(place.dtype).to("cpu").contiguous()
-            _write_all(descriptor, bytes_of(part), place.begin + (lo + start) * place.dtype.itemsize)
+            self._write_at(place.file, bytes_of(part), place.begin + (lo + start) * place.dtype.itemsize)
 
     def write_frame(self) -> None:
         """Headers, sizes, and the index, if there is one: one process does."""
         for file, header in self.plan.headers.items():
-            _write_all(self._descriptor(file), memoryview(header), 0)
+            self._write_at(file, memoryview(header), 0)
         if self.plan.index is not None:
             self.write_text(*self.plan.index)
 
     def write_text(self, file: str, text: str) -> None:
         """A small file beside the weights."""
-        with open(self._folder / file, "wb") as stream:
-            stream.write(text.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_synced(self._folder / file, text.encode())
 
     def sync(self) -> None:
         """Wait until the disk has what this process has written."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
+        for file, descriptor in self._open.items():
+            with self._named(file):
+                os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # nobody reads them soon
         sync_folder(self._folder)
 
@@ -233,27 +232,25 @@ class WeightsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, file: str) -> int:
-        if file not in self._open:
-            descriptor = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self._open[file] = descriptor
-            os.ftruncate(descriptor, self.plan.sizes[file])
-        return self._open[file]
+    def _write_at(self, file: str, content: memoryview, offset: int) -> None:
+        with self._named(file):
+            if file not in self._open:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+                self._open[file] = os.open(self._folder / file, flags, 0o644)
+                os.ftruncate(self._open[file], self.plan.sizes[file])
+            while content:
+                num_bytes = os.pwrite(self._open[file], content, offset)
+                content, offset = content[num_bytes:], offset + num_bytes
 
-
-def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
-    while content:
-        num_bytes = os.pwrite(descriptor, content, offset)
-        content, offset = content[num_bytes:], offset + num_bytes
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's entries."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    @contextmanager
+    def _named(self, file: str) -> Iterator[None]:
+        """Errors that say which file, how large it is to be, and what is free."""
+        try:
+            yield
+        except OSError as error:
+            needed, free = self.plan.sizes[file], free_bytes(self._folder)
+            text = f"{error.strerror}: it is to have {needed:,} bytes, and {free:,} are free on that disk"
+            raise OSError(error.errno, text, str(self._folder / file)) from error
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="SOURCE", help="a checkpoint, a folder of checkpoints, or a .safetensors file"
     )
     parser.add_argument(
-        "target", metavar="TARGET", help="what to make, and not there yet; of tritonspeed's: SAVE_DIR/TAG"
+        "target",
+        metavar="TARGET",
+        help="what to make, and not there yet; of tritonspeed's: SAVE_DIR/TAG, which `latest` will name",
     )
     parser.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="what to make (default: %(default)s)")
     parser.add_argument("-t", "--tag", help="which of a folder of checkpoints (default: the one that `latest` names)")
