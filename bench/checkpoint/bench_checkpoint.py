@@ -10,8 +10,8 @@ every system saves into a new folder, which is then read back with a cold page c
 system, and nobody has anything to write when a turn starts. Columns:
 
     stall       seconds for which training is blocked: the call itself
-    durable     seconds until the checkpoint survives a power cut: the call, the background work, and a sync of every
-                file and folder, which most peers leave to chance
+    durable     seconds until the checkpoint survives a power cut: the call, the background work and, unless a system
+                has done all that itself, a sync of every file and folder
     of raw      bytes on disk a second until durable, against the bare disk's in the same round
     memory      the most that was resident while saving or loading, beyond the state, over all ranks
 """
@@ -91,8 +91,13 @@ class Group:
             variables["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // world)
             self.processes.append(
                 subprocess.Popen(
-                    command, env=environment(python, {k: str(v) for k, v in variables.items()}), cwd=ROOT, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said,
+                    command,
+                    env=environment(python, {k: str(v) for k, v in variables.items()}),
+                    cwd=ROOT,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.said,
                 )  # fmt: skip
             )
         self.systems: list[str] = []
@@ -158,7 +163,7 @@ def turn(group: Group, system: str, folder: Path) -> dict[str, Any]:
         "load_s": max(a["load_s"] for a in loaded),
         "load_memory_bytes": sum(a["load_peak_bytes"] for a in loaded),
         "disk_bytes": disk_bytes,
-        "synced": saved[0]["durable"],
+        "synced": saved[0]["synced"],
     }
 
 
@@ -223,7 +228,7 @@ def misses(rows: list[Row]) -> list[str]:
                 for row in group
                 if getattr(row, key) < getattr(mine, key)
             ]
-        if "link" not in mine.system and mine.percent_of_raw < GOAL:
+        if "links" not in mine.system and mine.percent_of_raw < GOAL:
             found.append(f"{where}: {mine.percent_of_raw:.0f} % of raw, goal {GOAL:.0f}")
     return found
 

@@ -28,7 +28,7 @@ CONFIG: dict[str, Any] = {
 class DeepSpeed:
     """An engine."""
 
-    durable = "no"
+    synced, is_durable = "no", False
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

@@ -31,10 +31,12 @@ class System(Protocol):
     """One way to save and load.
 
     Attributes:
-        durable: what it does by itself so that a power cut does not undo a save that has returned.
+        synced: what it does by itself so that a power cut does not undo a save that has returned.
+        is_durable: that is enough.
     """
 
-    durable: str
+    synced: str
+    is_durable: bool
 
     def save(self, folder: Path) -> None: ...
 
@@ -53,6 +55,8 @@ class System(Protocol):
 
 class Held:
     """A system on a state of its own."""
+
+    synced, is_durable = "no", False
 
     def __init__(self, state: dict[str, dict[str, Tensor]], rank: int) -> None:
         self.state, self.rank = state, rank
@@ -81,8 +85,6 @@ class Held:
 class TorchSave(Held):
     """One pickle for each rank."""
 
-    durable = "no"
-
     def save(self, folder: Path) -> None:
         torch.save(self.state, folder / f"rank{self.rank}.pt")
 
@@ -92,8 +94,6 @@ class TorchSave(Held):
 
 class Safetensors(Held):
     """One safetensors file for each rank."""
-
-    durable = "no"
 
     def save(self, folder: Path) -> None:
         named = {f"{kind}.{name}": tensor for kind, tensors in self.state.items() for name, tensor in tensors.items()}
@@ -107,7 +107,7 @@ class Safetensors(Held):
 class Dcp(Held):
     """torch's distributed checkpoint, of sharded tensors."""
 
-    durable = "files, before the stream's last bytes; no folder"
+    synced = "files, before the stream's last bytes; no folder"
 
     def __init__(self, state: dict[str, dict[str, Tensor]], rank: int, world: int) -> None:
         super().__init__(state, rank)
@@ -139,7 +139,7 @@ class DcpAsync(Dcp):
 class Raw:
     """As many bytes to one new file for each rank, and back: reserved, around the page cache, in large requests."""
 
-    durable = "fdatasync"
+    synced, is_durable = "fdatasync", True
 
     def __init__(self, num_bytes: int, rank: int) -> None:
         num_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
