@@ -3,7 +3,7 @@
     file       |----|----|----|----|----|----|----|----|
                 used held now  coming ----->                the next ones are read and digested by threads meanwhile
 
-What comes next is told (``expect``), or is what follows in a file that is read from block to block. Memory is bounded:
+What comes next is seen from what came: block after block of a file, and file after file of a rank. Memory is bounded:
 reading ahead takes the place of what was read through, never of what is being read.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from tritonspeed.offload.memory import HUGE_PAGE_BYTES, PAGE_BYTES, host_empty
 HELD_BYTES = 128 * 2**20
 AHEAD_BYTES = 48 * 2**20
 MOST_AHEAD = 64  # blocks
+FILES_IN_USE = 4  # read in turn, as an optimizer's states are: what was read of them last stays
 RETURNED_BYTES = 2 * 2**20  # what is smaller is the allocator's affair
 THREADS = 4
 
@@ -68,19 +69,13 @@ class Blocks:
         self._threads: ThreadPoolExecutor | None = None
         self._held: OrderedDict[Key, _Held] = OrderedDict()  # least recently used first
         self._free: list[Tensor] = []
+        self._total_bytes = 0  # of both
         self._returned: deque[Tensor] = deque(maxlen=2)
-        self._current: dict[DataFile, int] = {}
-        self._in_a_row: dict[DataFile, int] = {}
-        self._plan: list[Key] = []
-        self._planned: dict[Key, int] = {}
-        self._given: set[Key] = set()  # of what was planned
-
-    def expect(self, blocks: Iterable[Key]) -> None:
-        """What will be asked for, each once and about in this order; replaces what was said before."""
-        with self._lock:
-            self._plan = list(dict.fromkeys(blocks))
-            self._planned = {key: i for i, key in enumerate(self._plan)}
-            self._given.clear()
+        self._at: dict[DataFile, int] = {}  # the block of each that was asked for last
+        self._in_a_row: dict[DataFile, int] = {}  # how many have followed one another
+        self._from_start: set[DataFile] = set()  # whose first block came first
+        self._in_order: set[DataFile] = set()  # and so did that of the file before
+        self._in_use: OrderedDict[DataFile, None] = OrderedDict()
 
     @contextmanager
     def block(self, file: DataFile, index: int, last: int = 0) -> Iterator[Tensor]:
@@ -102,7 +97,8 @@ class Blocks:
                 values = held.coming.result()
             except BaseException:
                 with self._lock:
-                    self._held.pop(key, None)
+                    if self._held.get(key) is held and held.coming.done():  # not so where Ctrl-C ended the waiting
+                        self._free.append(self._held.pop(key).buffer)
                 raise
             is_first, held.is_used = not held.is_used, True
             if is_first and self._on_bytes is not None:
@@ -120,8 +116,6 @@ class Blocks:
             assert buffer is not None, "a block that somebody waits for always has room"
             held = self._start(key, buffer)
         self._held.move_to_end(key)
-        if key in self._planned:
-            self._given.add(key)
         return held
 
     def _start(self, key: Key, buffer: Tensor) -> _Held:
@@ -134,25 +128,29 @@ class Blocks:
     def _buffer(self, key: Key, is_awaited: bool) -> Tensor | None:
         """Memory for a block; None where there is none, which is never so if somebody waits for it."""
         capacity = _capacity(key[0].buffer_bytes(key[1]))
-        total = sum(held.buffer.numel() for held in self._held.values()) + sum(x.numel() for x in self._free)
-        victims = self._to_go(is_awaited)
+        victims: list[Key] | None = None
         while True:
             for i, buffer in enumerate(self._free):
                 if buffer.numel() == capacity:
                     return self._free.pop(i)
-            if total + capacity <= self.held_bytes:
-                return host_empty(capacity, torch.uint8)
-            if self._free:
-                total -= self._free.pop().numel()
-            elif victims:
-                self._free.append(self._held.pop(victims.pop(0)).buffer)
-            else:
-                return host_empty(capacity, torch.uint8) if is_awaited else None
+            if self._total_bytes + capacity > self.held_bytes:
+                if self._free:
+                    self._total_bytes -= self._free.pop().numel()
+                    continue
+                victims = self._to_go(is_awaited) if victims is None else victims
+                if victims:
+                    self._free.append(self._held.pop(victims.pop(0)).buffer)
+                    continue
+                if not is_awaited:
+                    return None
+            self._total_bytes += capacity
+            return host_empty(capacity, torch.uint8)
 
     def _to_go(self, is_awaited: bool) -> list[Key]:
         """Blocks that may be given up, best first: those read through; for one that is waited for, any."""
         idle = [key for key, held in self._held.items() if not held.users and held.coming.done()]
-        through = [key for key in idle if self._held[key].is_used and self._current.get(key[0]) != key[1]]
+        in_use = {(file, self._at[file]) for file in self._in_use}
+        through = [key for key in idle if self._held[key].is_used and key not in in_use]
         return through + [key for key in idle if key not in through] if is_awaited else through
 
     def _read_ahead(self, key: Key, last: int) -> None:
@@ -171,17 +169,34 @@ class Blocks:
     def _next(self, key: Key, last: int) -> Iterator[Key]:
         """What will be asked for after ``key``, as far as it is known, or likely."""
         file, index = key
-        before = self._current.get(file, -1)
-        if before != index:
-            self._in_a_row[file] = self._in_a_row.get(file, 0) + 1 if before + 1 == index else 0
-            self._current[file] = index
-        if key in self._planned:
-            first = self._planned[key] + 1
-            yield from (at for at in self._plan[first : first + MOST_AHEAD] if at not in self._given)
-        else:
-            # twice as far with each block that follows the one before: a read in one place reads little in vain
-            end = max(last + 1, index + 2 ** min(self._in_a_row[file], MOST_AHEAD.bit_length()))
-            yield from ((file, i) for i in range(index + 1, min(end, len(file.blocks))))
+        self._note(file, index)
+        # twice as far with each block that follows the one before: a read in one place reads little in vain
+        end = max(last + 1, index + 2 ** min(self._in_a_row[file], MOST_AHEAD.bit_length()))
+        yield from ((file, i) for i in range(index + 1, min(end, len(file.blocks))))
+        # and where file after file was read from its beginning, so will be the next
+        left = min(end - len(file.blocks), MOST_AHEAD)
+        after = file.after if file in self._in_order else None
+        while left > 0 and after is not None and after not in self._at:
+            yield from ((after, i) for i in range(min(left, len(after.blocks))))
+            left, after = left - len(after.blocks), after.after
+
+    def _note(self, file: DataFile, index: int) -> None:
+        """Where in its files the reader is."""
+        self._in_use[file] = None
+        self._in_use.move_to_end(file)
+        if len(self._in_use) > FILES_IN_USE:
+            self._in_use.popitem(last=False)
+        before = self._at.get(file)
+        if before == index:
+            return
+        self._at[file] = index
+        in_a_row = self._in_a_row.get(file, 0) if before is not None and before + 1 == index else -1
+        if before is None and index == 0:
+            self._from_start.add(file)
+            if file.before is not None and file.before in self._from_start:
+                self._in_order.add(file)
+                in_a_row = self._in_a_row[file.before]
+        self._in_a_row[file] = in_a_row + 1
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Memory for values that are given away, (numel,).
@@ -209,6 +224,7 @@ class Blocks:
         with self._lock:
             self._held.clear()
             self._free.clear()
+            self._total_bytes = 0
         self._returned = deque(maxlen=0)
 
 

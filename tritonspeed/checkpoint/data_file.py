@@ -165,7 +165,14 @@ class DataFile:
         rank, world: whose it is.
         parameters: of the checkpoint.
         verify: what is compared before values are given: every run touched, a sample, or sizes alone.
+
+    Attributes:
+        blocks: of the flat, in order.
+        before, after: the rank's files that its index names before and after this one.
     """
+
+    before: DataFile | None = None
+    after: DataFile | None = None
 
     def __init__(
         self,

@@ -13,9 +13,10 @@ from __future__ import annotations
 import os
 import stat
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,13 @@ class StoredCheckpoint:
                 if facts is None or i.hi > prod(facts.shape):
                     known = "is no parameter of" if facts is None else f"has {prod(facts.shape)} elements in"
                     raise CorruptCheckpoint(f"{where}: [{i.lo}, {i.hi}) of {i.name!r}, which {known} {MANIFEST}")
-        return [
+        files = [
             DataFile(folder / f.file, f, index.layouts[f.layout], index.rank, index.world, self.parameters, self.verify)
             for f in index.files
         ]
+        for before, after in pairwise(files):
+            before.after, after.before = after, before
+        return files
 
     def _table(self) -> tuple[dict[tuple[str, str], list[Place]], dict[tuple[int, str], list[Place]]]:
         """{(kind, parameter): places} in order, of all ranks; {(rank, parameter): places} of what was not summed."""
@@ -242,20 +246,6 @@ class StoredCheckpoint:
         places = self._outbox.get((rank, name)) if kind == OUTBOX else None
         return None if places is None else self._join(places, lo, hi)
 
-    def expect(self, reads: Iterable[tuple[str, str, int, int]]) -> None:
-        """Tell what will be read, in about this order, so that it is read ahead across files; what is not told is
-        read all the same.
-
-        Args:
-            reads: (kind, parameter, lo, hi); what there is none of is passed over.
-        """
-        blocks: dict[tuple[DataFile, int], None] = {}
-        for kind, name, lo, hi in reads:
-            for place in _within(self._places.get((kind, self._first_names.get(name, name)), []), lo, hi):
-                for index in _blocks_of(place, max(lo, place.lo), min(hi, place.hi)):
-                    blocks[place.file, index] = None
-        self._blocks.expect(blocks)
-
     def _known(self, name: str) -> str:
         if name not in self._first_names:
             raise MismatchedCheckpoint(f"{self.path} has no parameter {name!r}")
@@ -348,7 +338,6 @@ class StoredCheckpoint:
         Raises:
             CorruptCheckpoint: what is wrong, and where.
         """
-        self._blocks.expect((file, i) for files in self.files for file in files for i in range(len(file.blocks)))
         for index, files in zip(self.indexes, self.files, strict=True):
             for file in files:
                 file.check_header()
