@@ -155,6 +155,19 @@ def test_plain_weights_keep_their_kind(tmp_path) -> None:
     assert source.kinds("a") == {"master"} and source.kinds("b") == {"parameters"}
 
 
+def test_names_are_only_names(tmp_path) -> None:
+    names = ["../up", "/root", "a/b", "x" * 300, "ü[0:2]", "a b", "%2e%2e", "\n"]
+    save_file({name: torch.full((4,), float(i)) for i, name in enumerate(names)}, tmp_path / "w.safetensors")
+    convert(tmp_path / "w.safetensors", tmp_path / "here" / "run" / "t")
+    convert(tmp_path / "here" / "run", tmp_path / "here" / "w", to="huggingface")
+    found = load_file(tmp_path / "here" / "w" / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {n: [i] * 4 for i, n in enumerate(names)}
+    with pytest.raises(ValueError, match="would be a folder of that name"):
+        convert(tmp_path / "here" / "run", tmp_path / "here" / "u", to="universal")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"run", "w"}
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "w.safetensors"}
+
+
 def test_ours_becomes_universal_and_ours_again(tmp_path) -> None:
     told = []
     path = make(tmp_path / "global_step12", {"gradient": {"up.bias": torch.randn(27)}}, accumulated=1)

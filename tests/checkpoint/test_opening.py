@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from math import prod
 
 import pytest
 import torch
@@ -150,3 +152,38 @@ def test_a_hostile_header_is_refused(tmp_path, entry) -> None:
     file.write_bytes(len(deep).to_bytes(8, "little") + deep)
     with pytest.raises(CorruptCheckpoint, match="its header cannot be read"):
         open_source(file)
+
+
+def test_thousands_of_damaged_files_are_refused_or_read(weights, tmp_path) -> None:
+    """Whatever the bytes: CorruptCheckpoint, or tensors of the sizes that are said; nothing else and no crash."""
+    rng, whole = random.Random(0), (weights / "model.safetensors").read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    file, refused = tmp_path / "model.safetensors", 0
+    words = [b"-1", b"1e9", b"NaN", b"null", b"[]", b"{}", b'"', b"9" * 30, b"../x", b"\\u0000", b"F64", b"true"]
+    for _ in range(3000):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            at = rng.randrange(length)
+            change = rng.randrange(4)
+            if change == 0:
+                content[at] = rng.randrange(256)
+            elif change == 1:
+                word = rng.choice(words)
+                content[at : at + len(word)] = word
+            elif change == 2:
+                del content[at : at + rng.randrange(1, 9)]
+            else:
+                content[at:at] = rng.choice(words)
+        if rng.random() < 0.1:
+            del content[rng.randrange(len(content)) :]
+        file.unlink(missing_ok=True)  # a new one: to write over a file takes 4 ms
+        file.write_bytes(content)
+        try:
+            source = PlainWeights(file)
+            for name, facts in source.parameters.items():
+                (kind,) = source.kinds(name)
+                assert source.read(kind, name, 0, prod(facts.shape)).numel() == prod(facts.shape)
+            assert all(isinstance(b, torch.Tensor) for b in source.rank_state(0).get("buffers", {}).values())
+        except CorruptCheckpoint:
+            refused += 1
+    assert refused > 1500
