@@ -146,7 +146,7 @@ def test_rank_0_that_never_comes(tmp_path, monkeypatch):
     hidden.mkdir()
     monkeypatch.setattr(commit, "SETTLE_S", 0.05)
     threading.Timer(0.05, is_open.unlink).start()  # another save has cleared it away
-    with pytest.raises(SaveFailed, match="rank 0 gave it up"):
+    with pytest.raises(SaveFailed, match="may not be saved: rank 0 is gone"):
         Saver(mesh_of_one(1, 2, timeout_s=5)).save(job(tmp_path, 1, 1, 2))
 
 

@@ -222,6 +222,10 @@ class Commit:
     def _failed(self, reasons: Mapping[int, str]) -> str:
         """Tell all ranks, remove the folder; what was told."""
         text = self.said(reasons)
+        if not self._in_place:
+            with suppress(OSError):  # before anybody's files go: what has a manifest is taken for whole
+                (self.hidden / MANIFEST).unlink()
+                sync_folder(self.hidden)
         self._say(text)
         poll(lambda: not any(self._is_here(rank) for rank in range(1, self.world)), min(FAREWELL_S, self.timeout_s))
         self.abandon()
@@ -246,21 +250,21 @@ class Commit:
         def concluded() -> bool:
             is_open = _read(self.folder / f".{self.save_id}.open", 1) is not None
             if (content := _read(self._failed_of(0))) is not None:
+                shutil.rmtree(self.own, ignore_errors=True)
+                self._failed_of(self.rank).unlink(missing_ok=True)
                 verdict.append(json.loads(content))
             elif not is_open and self._is_published():
                 verdict.append("")
             elif not is_open:  # rank 0 has been cleared away, or this host's view of the folder is late
                 gone_since.append(time.monotonic())
                 if gone_since[-1] - gone_since[0] > SETTLE_S:
-                    verdict.append(self._not_saved("rank 0 gave it up"))
+                    verdict.append(self._not_known("rank 0 is gone"))
             return bool(verdict)
 
         if not poll(concluded, 2 * self.timeout_s):  # rank 0 may have waited for a third one
-            verdict.append(self._not_saved(self._who_is_missing()))
+            verdict.append(self._not_known(self._who_is_missing()))
         if not verdict[0]:
             return self.folder / self.tag
-        shutil.rmtree(self.own, ignore_errors=True)
-        self._failed_of(self.rank).unlink(missing_ok=True)
         raise SaveFailed(verdict[0])
 
     def said(self, reasons: Mapping[int, str]) -> str:
@@ -273,6 +277,9 @@ class Commit:
         if self._in_place:
             return f"checkpoint {self.tag!r} is in {self.folder}, and may not survive a power cut: {why}"
         return f"checkpoint {self.tag!r} was not saved: {why}; what was in {self.folder} before is as it was"
+
+    def _not_known(self, why: str) -> str:
+        return f"checkpoint {self.tag!r} may not be saved: {why}; what was in {self.folder} before is as it was"
 
     def _is_published(self) -> bool:
         content = _read(self.folder / self.tag / MANIFEST, 400)
