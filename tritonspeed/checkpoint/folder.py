@@ -207,7 +207,10 @@ def write_latest(folder: str | os.PathLike[str], tag: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a hidden folder, its manifest first: what is left after a stop is not taken for a checkpoint."""
+    """Delete a hidden folder, its manifest first: what is left after a stop is not taken for a checkpoint.
+
+    That it is hidden has been synced.
+    """
     if path.is_symlink():
         path.unlink()
         return
@@ -251,7 +254,10 @@ def clear(folder: Path) -> None:
 
     One that was whole gets its tag, where the tag is free: its save died between two renamings. All else goes.
     """
-    for path, match in list(_hidden(folder)):
+    hidden = list(_hidden(folder))
+    if hidden:
+        sync_folder(folder)  # whoever hid them may have died before doing so
+    for path, match in hidden:
         named = folder / match["tag"]
         if not os.path.lexists(named) and _has_manifest(path):
             try:
@@ -275,11 +281,15 @@ def prune(folder: Path, keep_last: int, written: str) -> None:
     """
     ours = [(path, made) for path, made in committed(folder) if path.name == made.tag and not path.is_symlink()]
     kept = {written, latest_tag(folder)}
+    hidden = []
     for path, made in ours[keep_last:]:
         if path.name not in kept:
-            hidden = folder / hidden_name(made.tag, made.save_id, replaced=True)
-            os.rename(path, hidden)
-            remove(hidden)
+            hidden.append(folder / hidden_name(made.tag, made.save_id, replaced=True))
+            os.rename(path, hidden[-1])
+    if hidden:
+        sync_folder(folder)
+    for path in hidden:
+        remove(path)
 
 
 @dataclass(eq=False)
