@@ -282,6 +282,7 @@ INDEXES = {
     "a run of text": lambda c: c.update(state={"run": "now"}),
     "steps that are text": lambda c: c.update(state={"run": {"global_steps": "7"}}),
     "steps below zero": lambda c: c.update(state={"run": {"global_steps": -7}}),
+    "steps beyond counting": lambda c: c.update(state={"run": {"global_steps": 10**400}}),
     "steps that are true": lambda c: c.update(state={"run": {"global_steps": True}}),
     "groups of numbers": lambda c: c.update(state={"run": {"param_groups": [1]}}),
     "no tensors of a state that has some": lambda c: c.update(state_digest=""),

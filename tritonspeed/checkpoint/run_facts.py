@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from tritonspeed.checkpoint.errors import CorruptCheckpoint
+from tritonspeed.checkpoint.manifest import MOST_ELEMS
 from tritonspeed.checkpoint.source import RunFacts
 
 _AT_LEAST_ONE = {"world", "accumulation", "micro_batch"}
@@ -38,7 +39,7 @@ def run_facts(said: Any, world: int, where: str) -> RunFacts:
             continue
         value, wanted = said[field.name], _TYPES.get(field.name, int)
         least = 1 if field.name in _AT_LEAST_ONE else 0
-        good = type(value) is wanted and (wanted is not int or value >= least)
+        good = type(value) is wanted and (wanted is not int or least <= value <= MOST_ELEMS)
         if not good and not (value is None and field.name in _MAY_BE_NONE):
             raise CorruptCheckpoint(f"{where}: {field.name} is {value!r:.80}")
         known[field.name] = value
