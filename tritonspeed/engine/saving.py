@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tritonspeed.checkpoint import CorruptCheckpoint, MismatchedCheckpoint, Record, RunFacts, Source
-from tritonspeed.checkpoint.agree import same_text, together
-from tritonspeed.checkpoint.choose import candidates
+from tritonspeed.checkpoint import Record, RunFacts
+from tritonspeed.checkpoint.agree import same_text
 from tritonspeed.checkpoint.collect import Collected, collect
+from tritonspeed.checkpoint.load import load, resume_optimizer, settings_of
 from tritonspeed.checkpoint.model_folder import ModelFolder, configs_of
-from tritonspeed.checkpoint.opening import open_source
 from tritonspeed.checkpoint.randomness import random_state, set_random_state
-from tritonspeed.checkpoint.restore import (
-    Fit,
-    Wanted,
-    buffers_of,
-    fill,
-    fill_buffers,
-    fill_gradients,
-    fit,
-    fit_buffers,
-    publish,
-)
+from tritonspeed.checkpoint.restore import Wanted, buffers_of
 from tritonspeed.checkpoint.save import Job, Saver
 from tritonspeed.checkpoint.script import put_script
 from tritonspeed.engine.on_signal import SaveOnSignal
@@ -161,11 +149,15 @@ class Saving:
             log.error("SIGTERM: not saved, since nobody named a folder: set checkpoint.save_dir in the config")
             raise SystemExit(code)
         self.wait_for_checkpoint()
-        self.save_checkpoint(folder)
+        self.save_checkpoint(folder, client_state=self.client_state_on_signal())
         self.wait_for_checkpoint()
         if self.mesh.rank == 0:
             log.warning("SIGTERM: step %d is saved in %s, the run ends with code %d", self.global_steps, folder, code)
         raise SystemExit(code)
+
+    def client_state_on_signal(self) -> dict[str, Any]:
+        """What is kept as ``client_state`` where a signal saves, not the caller: assign a function of your own."""
+        return {}
 
     def _host_empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.sharded.homes.empty(numel, dtype, crosses=True)
@@ -220,23 +212,12 @@ class Saving:
             "micro_batch": self._micro_batch,
             "num_accumulated": self._num_backwards,
             "optimizer": type(optimizer.inner).__name__ if optimizer else None,
-            "param_groups": self._group_settings(),
+            "param_groups": settings_of(optimizer) if optimizer else [],
             "scaler": optimizer.scaler.state_dict() if optimizer else None,
             "scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
             "client_state": client_state,
             "config": {each.path: each.value for each in self.config.origin.given},
         }
-
-    def _group_settings(self) -> list[dict[str, Any]]:
-        """The optimizer's groups with the names of their parameters."""
-        if self.optimizer is None:
-            return []
-        names: list[set[str]] = [set() for _ in self.optimizer.param_groups]
-        for chunk in self.optimizer.chunks:
-            index = next(i for i, g in enumerate(self.optimizer.param_groups) if g is self.optimizer.settings_of(chunk))
-            names[index] |= {piece.span.name for piece in chunk.pieces()}
-        groups = zip(self.optimizer.param_groups, names, strict=True)
-        return [{**{k: v for k, v in g.items() if k != "params"}, "params": sorted(n)} for g, n in groups]
 
     def _model_writer(self, collected: Collected, exclude_frozen: bool) -> Callable[[Path, Sequence[Record]], None]:
         """What writes ``model/`` beside the checkpoint: every rank its part, from what it saves anyway."""
@@ -283,80 +264,31 @@ class Saving:
             masters=bool(self.config.zero_optimization.load_from_fp32_weights),
             strict=load_module_strict,
         )
-        paths = together(self.mesh, lambda: candidates(Path(load_dir), None if tag is None else str(tag)))
-        for i, path in enumerate(paths):
-            try:
-                source, found, own = self._load(path, wanted, custom_load_fn)
-            except CorruptCheckpoint as error:
-                if i + 1 == len(paths):
-                    raise
-                log.warning("%s cannot be loaded, the one before it is tried: %s", path, error)
-                continue
-            if found.complaints():
-                log.warning("%s: loaded what fits, left: %s", path, "; ".join(found.complaints()))
-            if not load_module_only:
-                self._resume(source.facts, own, wanted, load_lr_scheduler_states)
-            source.close()
-            self._folder = path.parent
-            log.info("loaded %s, step %d", path, source.facts.global_steps)
-            return str(path), dict(own.get("client_state", source.facts.client_state))
-        log.warning("%s: there is no checkpoint to load", load_dir)
-        return None, None
+        loaded = load(
+            self.sharded,
+            Path(load_dir),
+            None if tag is None else str(tag),
+            wanted,
+            self.config.checkpoint.verify,
+            self._problems_with,
+            custom_load_fn,
+        )
+        if loaded is None:
+            return None, None
+        if not load_module_only:
+            self._resume(loaded.facts, loaded.own, wanted, load_lr_scheduler_states)
+        self._folder = loaded.path.parent
+        return str(loaded.path), dict(loaded.own.get("client_state", loaded.facts.client_state))
 
-    def _load(
-        self, path: Path, wanted: Wanted, custom: Callable[..., Any] | None
-    ) -> tuple[Source, Fit, dict[str, Any]]:
-        """The tensors of one checkpoint; what this rank kept for itself comes with it.
-
-        Ranks agree after each part: one that fails alone would leave the others.
-        """
-        sharded, mesh = self.sharded, self.mesh
-        source = together(mesh, lambda: open_source(path, verify=self.config.checkpoint.verify))
-        found = together(mesh, lambda: self._fit(source, wanted))
-        own, buffers = together(mesh, lambda: self._states_in(source, wanted))
-        if custom is not None:
-            self._load_by(custom, source)
-            wanted = replace(wanted, values=False)
-        together(mesh, lambda: fill(sharded, source, found, wanted))
-        if wanted.states and source.facts.num_accumulated:
-            factor = (mesh.world / source.facts.world) if sharded.options.average else 1.0
-            together(mesh, lambda: fill_gradients(sharded, source, found, factor))
-        fill_buffers(sharded, buffers)
-        publish(sharded)
-        return source, found, own
-
-    def _states_in(self, source: Source, wanted: Wanted) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(what this rank kept for itself, the buffers that fit: its own, else rank 0's)."""
-        own = source.rank_state(self.mesh.rank)
-        nearest = own or source.rank_state(0)
-        if not own and "data" in nearest:  # counted over all ranks: one more rank stands where the others do
-            own = {"data": nearest["data"]}
-        buffers = nearest.get("buffers")
-        return own, {} if buffers is None else fit_buffers(self.sharded, buffers, wanted.strict)
-
-    def _fit(self, source: Source, wanted: Wanted) -> Fit:
-        found = fit(self.sharded, source, wanted)
-        facts = source.facts
-        if not wanted.states:
-            return found
-        problems = []
-        assert self.optimizer is not None, "states are wanted where there is an optimizer"
-        if facts.param_groups and len(facts.param_groups) != len(self.optimizer.param_groups):
-            problems.append(
-                f"{len(facts.param_groups)} parameter groups in the checkpoint, {len(self.optimizer.param_groups)} here"
-            )
-        if facts.num_accumulated and self._micro_steps_done(facts) is None:
-            problems.append(
-                f"it was saved {facts.num_accumulated} micro-steps into a step of {facts.accumulation} × "
-                f"{facts.micro_batch} samples × {facts.world} ranks, which is no whole number of micro-steps of a step "
-                f"of {self._accumulation} × {self._micro_batch} × {self.mesh.world}"
-            )
-        found.left_out += problems
-        if problems and wanted.strict:
-            raise MismatchedCheckpoint(
-                f"{source.path}: {'; '.join(problems)}. To load what fits, pass load_module_strict=False"
-            )
-        return found
+    def _problems_with(self, facts: RunFacts) -> list[str]:
+        """Why an accumulation cannot go on here, in words."""
+        if not facts.num_accumulated or self._micro_steps_done(facts) is not None:
+            return []
+        return [
+            f"it was saved {facts.num_accumulated} micro-steps into a step of {facts.accumulation} × "
+            f"{facts.micro_batch} samples × {facts.world} ranks, which is no whole number of micro-steps of a step of "
+            f"{self._accumulation} × {self._micro_batch} × {self.mesh.world}: those gradients would be left out"
+        ]
 
     def _micro_steps_done(self, facts: RunFacts) -> int | None:
         """How many micro-steps of ours the samples make that gradients are there of; None where they do not."""
@@ -382,7 +314,7 @@ class Saving:
         self._losses.clear()
         self._losses += [torch.tensor(loss, device=self.mesh.device) for loss in own.get("losses", ()) if done]
         if wanted.states and self.optimizer is not None:
-            self._resume_optimizer(self.optimizer, facts)
+            resume_optimizer(self.optimizer, facts)
         if with_schedule and facts.scheduler is not None and hasattr(self.lr_scheduler, "load_state_dict"):
             self.lr_scheduler.load_state_dict(facts.scheduler)
         if "random" in own:
@@ -390,23 +322,3 @@ class Saving:
         if "data" in own and hasattr(self.training_dataloader, "load_state_dict"):
             self.training_dataloader.load_state_dict(own["data"])
         self._plan_sending()
-
-    def _resume_optimizer(self, optimizer: ZeroOptimizer, facts: RunFacts) -> None:
-        if len(facts.param_groups) == len(optimizer.param_groups):
-            for group, saved in zip(optimizer.param_groups, facts.param_groups, strict=True):
-                group.update({k: v for k, v in saved.items() if k != "params" and (k in group or k == "initial_lr")})
-        if facts.scaler is not None:
-            optimizer.scaler.load_state_dict(facts.scaler)
-        optimizer.num_steps = facts.global_steps - facts.skipped_steps
-
-    def _load_by(self, custom: Callable[..., Any], source: Source) -> None:
-        """Parameters by the caller's own function."""
-        from tritonspeed.zero import GatheredParameters
-
-        whole = {}
-        for name, parameter in source.parameters.items():
-            kind = "master" if "master" in source.kinds(name) else "parameters"
-            numel = torch.Size(parameter.shape).numel()
-            whole[name] = source.read(kind, name, 0, numel).view(parameter.shape)
-        with GatheredParameters(list(self.module.parameters()), modifier_rank=0):
-            custom(src=whole, dst=self.module)

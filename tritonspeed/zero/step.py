@@ -110,7 +110,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.inner, self.buckets, self.mesh, self.reducer, self.ledger = inner, buckets, mesh, reducer, ledger
         self.scaler = scaler or LossScaler()
         self.gradient_clipping, self.average, self.check_overflow = gradient_clipping, average, check_overflow
-        group_of_name = self._groups_by_name()
+        self._group_of_name = group_of_name = self._groups_by_name()
         self.homes, self.late, self.num_steps = homes, LateUpdates(), 0
         self._tiles_in: dict[int, list[Tile]] = {}
         self.states = ShardedStates(inner, self._tiles_in, self.late, homes)
@@ -369,6 +369,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def settings_of(self, chunk: Chunk) -> dict[str, Any]:
         """The optimizer's group of a chunk: lr, betas, ..."""
         return self.inner.param_groups[self._group_of[id(chunk)]]
+
+    def names_in(self, group: int) -> list[str]:
+        """The parameters of an optimizer group, on whichever rank they are."""
+        return [name for names in self._group_of_name.values() for name, index in names.items() if index == group]
 
     def chunks_of(self, bucket: Bucket) -> list[Chunk]:
         """What the optimizer updates of a bucket."""
