@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tritonspeed.version import __version__
 
 if TYPE_CHECKING:
+    from tritonspeed import checkpoint as checkpoint
     from tritonspeed import checkpointing as checkpointing
     from tritonspeed import comm as comm
     from tritonspeed import config as config
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from tritonspeed.estimation import estimate as estimate
     from tritonspeed.offload import Offload as Offload
 
-_MODULES = ("checkpointing", "comm", "config", "kernels", "nn", "offload", "optim", "precision", "tuning", "zero")
+_MODULES = (
+    *("checkpoint", "checkpointing", "comm", "config", "kernels", "nn", "offload", "optim", "precision", "tuning"),
+    "zero",
+)
 _NAMES = {
     "Engine": "engine",
     "Offload": "offload",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tritonspeed.checkpoint import Record, RunFacts
 from tritonspeed.checkpoint.agree import same_text
 from tritonspeed.checkpoint.collect import Collected, collect
-from tritonspeed.checkpoint.load import load, resume_optimizer, settings_of
+from tritonspeed.checkpoint.loading import load, resume_optimizer, settings_of
 from tritonspeed.checkpoint.model_folder import ModelFolder, configs_of
 from tritonspeed.checkpoint.randomness import random_state, set_random_state
 from tritonspeed.checkpoint.restore import Wanted, buffers_of
