@@ -161,7 +161,12 @@ class ShardedStates:
             state.update({key: torch.zeros_like(chunk.master.data) for key in keys})
         for name in sorted({name for each in numbers for name in each}):
             value = torch.tensor(max(each[name] for each in numbers if name in each), dtype=torch.float32)
-            state[name] = value.to(state[name].device) if isinstance(state.get(name), Tensor) else value
+            state[name] = value.to(chunk.master.device) if self._counts_on_device else value
+
+    @property
+    def _counts_on_device(self) -> bool:
+        """Whether torch's optimizers want their step counts beside the parameters."""
+        return any(group.get("fused") or group.get("capturable") for group in self.inner.param_groups)
 
     def _put(self, chunk: Chunk, key: str, values: Tensor) -> None:
         if isinstance(self.inner, AdamW):
