@@ -266,7 +266,8 @@ def tensors_in(state: Any, numel: Sequence[int]) -> dict[str, Tensor]:
                     "of an optimizer that is not read here"
                 )
             found[key] = value
-    return found
+    # DeepSpeed's own Adagrad names its sum of squares like Adam's average of them
+    return {"sum": found["exp_avg_sq"]} if set(found) == {"exp_avg_sq"} else found
 
 
 def numel_of(shape: tuple[int, ...]) -> int:

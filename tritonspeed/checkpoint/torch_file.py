@@ -30,14 +30,16 @@ from tritonspeed.checkpoint.errors import CheckpointError, CorruptCheckpoint
 
 MOST_MEMBERS = 2**20  # of an archive
 MOST_PICKLE_BYTES = 2**28
-MOST_VALUES = 2**23  # of one file, counted wherever they are mentioned: nested mentions multiply
+MENTIONS = 4  # values that one byte of a pickle may stand for: what is mentioned twice counts twice, and nested
+FEW_VALUES = 10_000  # mentions multiply
 MOST_LEVELS = 48
 SAMPLED_MEMBERS = 8  # one of so many is checked under "sampled"
 _PROTOCOL = 2
 _BLOCK_BYTES = 8 * 2**20
 _LOADING = threading.Lock()  # torch's list of safe globals is one for the process
 
-_STORAGES = ["Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]
+_STORAGES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1}
+_STORAGE_BYTES = {f"torch {name}Storage": size for name, size in {**_STORAGES, "Bool": 1}.items()}  # of an element
 _DTYPES = ["float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 SAFE_GLOBALS = frozenset(
     [
@@ -48,10 +50,11 @@ SAFE_GLOBALS = frozenset(
         "torch._utils _rebuild_tensor_v2",
         "torch._utils _rebuild_parameter",
         "__builtin__ set",
-        *(f"torch {name}Storage" for name in _STORAGES),
+        *_STORAGE_BYTES,
         *(f"torch {name}" for name in _DTYPES),
     ]
 )
+_ATOMS = frozenset(("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "GLOBAL"))
 
 
 class Standin:
@@ -103,8 +106,10 @@ class TorchFile:
             with opened(path):
                 pass  # a regular file of this folder
             self._members = _check_archive(path)
-            _check_names(_read_pickle(path, self._members), path, known)
-            self.content = _Copier(path).copy(_load(path, known), 0)
+            sizes = {member.filename.split("/", 1)[-1]: member.file_size for member in self._members}
+            pickled = _read_pickle(path, self._members)
+            _check_pickle(pickled, path, known, sizes)
+            self.content = _Copier(path, FEW_VALUES + MENTIONS * len(pickled)).copy(_load(path, known), 0)
         except CheckpointError:
             raise
         except Exception as error:  # whatever torch, zipfile and pickletools make of a damaged file
@@ -170,23 +175,57 @@ def _read_pickle(path: Path, members: list[zipfile.ZipInfo]) -> bytes:
         return archive.read(found[0])  # checks its CRC-32
 
 
-def _check_names(content: bytes, path: Path, known: dict[str, type[Standin]]) -> None:
-    """Refuse a pickle that names what a checkpoint has no use for. Opcodes are read, none is carried out."""
-    protocol = None
+def _check_pickle(content: bytes, path: Path, known: dict[str, type[Standin]], members: dict[str, int]) -> None:
+    """Refuse a pickle that names what a checkpoint has no use for, or storages that are not there as it says.
+
+    Opcodes are read, none is carried out. torch.save names a storage by one tuple of atoms, which may be remembered:
+    MARK "storage" torch.FloatStorage "0" "cpu" 1500 TUPLE BINPERSID.
+
+    Args:
+        members: bytes of each of the archive's.
+    """
+    protocol, run, memo = None, [], {}
     for opcode, argument, _ in pickletools.genops(io.BytesIO(content)):
-        if opcode.name == "PROTO":
+        name = opcode.name
+        if name == "PROTO":
             protocol = argument
-        elif opcode.name == "GLOBAL":
-            named = str(argument).replace(" ", ".")
-            if argument not in SAFE_GLOBALS and named not in known:
-                raise CorruptCheckpoint(
-                    f"{path} names {named!r:.120}, which no checkpoint of tensors needs: it is not read. If you trust "
-                    "whoever wrote it, load it there without that object and save it again"
-                )
-        elif opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"):
-            raise CorruptCheckpoint(f"{path}: its pickle has opcode {opcode.name}, which torch.save does not write")
+        elif name == "GLOBAL":
+            _check_name(str(argument), path, known)
+        elif name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX", "PERSID"):
+            raise CorruptCheckpoint(f"{path}: its pickle has opcode {name}, which torch.save does not write")
+        elif name == "BINPERSID":
+            _check_storage(run[-1] if run else None, path, members)
+        if name in _ATOMS:
+            run.append(argument)
+        elif name in ("BINGET", "LONG_BINGET"):
+            run.append(memo.get(argument))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = run[-1] if run else None
+        elif name == "TUPLE":
+            run = [tuple(run)]
+        else:
+            run = []
     if protocol != _PROTOCOL:
         raise CorruptCheckpoint(f"{path}: its pickle is of protocol {protocol}, torch.save writes {_PROTOCOL}")
+
+
+def _check_name(argument: str, path: Path, known: dict[str, type[Standin]]) -> None:
+    named = argument.replace(" ", ".")
+    if argument not in SAFE_GLOBALS and named not in known:
+        raise CorruptCheckpoint(
+            f"{path} names {named!r:.120}, which no checkpoint of tensors needs: it is not read. If you trust whoever "
+            "wrote it, load it there without that object and save it again"
+        )
+
+
+def _check_storage(said: Any, path: Path, members: dict[str, int]) -> None:
+    if not (isinstance(said, tuple) and len(said) == 5 and said[0] == "storage" and said[1] in _STORAGE_BYTES):
+        raise CorruptCheckpoint(f"{path}: its pickle names a storage as {said!r:.120}")
+    _, kind, key, _, numel = said
+    size = members.get(f"data/{key}")
+    if not isinstance(numel, int) or numel * _STORAGE_BYTES[kind] != size:
+        there = "is not there" if size is None else f"has {size:,} bytes"
+        raise CorruptCheckpoint(f"{path}: storage {key!r:.40} of {numel!r:.20} elements {there}")
 
 
 def _load(path: Path, known: dict[str, type[Standin]]) -> Any:
@@ -199,15 +238,13 @@ def _load(path: Path, known: dict[str, type[Standin]]) -> Any:
 class _Copier:
     """Copies what was loaded into objects of Python's own, asking the loaded ones for nothing by name."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.left = path, MOST_VALUES
+    def __init__(self, path: Path, most: int) -> None:
+        self.path, self.left = path, most
 
     def copy(self, value: Any, level: int) -> Any:
         self.left -= 1
         if level > MOST_LEVELS or self.left < 0:
-            raise CorruptCheckpoint(
-                f"{self.path} has more than {MOST_VALUES:,} values, or {MOST_LEVELS} levels of them"
-            )
+            raise CorruptCheckpoint(f"{self.path} has more values than a file of its size, or more levels of them")
         kind = type(value)
         if value is None or kind in (bool, int, float, str, bytes, torch.dtype):
             return value

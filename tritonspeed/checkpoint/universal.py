@@ -234,7 +234,8 @@ def write_universal(source: Source, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is there already: name one that is not, or remove it")
     for name in source.parameters:
         try:
-            plain_name(name)
+            for part in (name, *source.kinds(name)):
+                plain_name(part)
         except ValueError as error:
             raise ValueError(f"parameter {name!r:.120} would be a folder of that name: {error}") from error
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
