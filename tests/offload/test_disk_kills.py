@@ -7,19 +7,15 @@ back what was written and not synced (played back from a log of the calls, so th
 from __future__ import annotations
 
 import itertools
-import multiprocessing as mp
-import os
 import random
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from folders import SMALL, on_pages
+from kills import die_at, killing
 from power import Log, rebuilt
 from safetensors import safe_open
 
@@ -67,87 +63,21 @@ def one_step(folder: DiskFolder, flats: dict[str, Any], step: int) -> None:
     folder.commit(step, {"step": step})
 
 
-def die_at(last_call: int | None, names: tuple[str, ...] = CALLS) -> None:
-    """From now on, system calls of these names are counted, and this one is not returned from."""
-    numbers = itertools.count(1)
-
-    def counted(name: str) -> Any:
-        really = getattr(os, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if next(numbers) == last_call:
-                if name == "pwritev":  # half of it arrives
-                    really(args[0], [args[1][0][:4096]], args[2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return really(*args, **kwargs)
-
-        return call
-
-    if last_call is not None:
-        for name in names:
-            setattr(os, name, counted(name))
-
-
 def train(path: str, acknowledge: Callable[[int], Any], last_call: int | None) -> None:
     """Step until killed."""
     folder, flats = start(path)
     acknowledge(0)
-    die_at(last_call)
+    die_at(last_call, CALLS)
     for step in itertools.count(1):
         one_step(folder, flats, step)
         acknowledge(step)
 
 
-def nursery(pipe: Any, train: Callable[..., None]) -> None:
-    """Fork and kill on request: everything is imported once, so a kill costs milliseconds."""
-    torch.set_num_threads(1)
-    write = os.write
-    while (request := pipe.recv()) is not None:
-        path, last_call, delay_s = request
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)  # one that hangs ends by another signal than the one that is waited for
-            try:
-                train(path, lambda step, to=writing: write(to, step.to_bytes(8, "little")), last_call)
-            finally:
-                os._exit(1)
-        os.close(writing)
-        acknowledged = os.read(reading, 8)
-        if last_call is None:
-            time.sleep(delay_s)
-            os.kill(child, signal.SIGKILL)
-        while more := os.read(reading, 8):
-            acknowledged = more
-        os.close(reading)
-        _, status = os.waitpid(child, 0)
-        pipe.send((int.from_bytes(acknowledged, "little"), status))
-
-
 @pytest.fixture(scope="module")
 def killed():
     """``killed(path, last_call, delay_s)`` trains in another process until it is killed; the last acknowledged step."""
-    with killing() as kill:
+    with killing(train) as kill:
         yield kill
-
-
-@contextmanager
-def killing(train: Callable[..., None] = train) -> Iterator[Callable[..., int]]:
-    context = mp.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=nursery, args=(there, train), daemon=True)
-    process.start()
-
-    def kill(path: Path, last_call: int | None, delay_s: float = 0.0) -> int:
-        here.send((str(path), last_call, delay_s))
-        assert here.poll(100), "the run was not killed"
-        acknowledged, status = here.recv()
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-        return acknowledged
-
-    yield kill
-    here.send(None)
-    process.join(60)
 
 
 def check(folder: Path, acknowledged: int) -> int:
@@ -239,6 +169,6 @@ def test_the_power_cut_bites_where_nothing_is_synced(tmp_path, log):
 if __name__ == "__main__":
     import sys
 
-    with killing() as kill:
+    with killing(train) as kill:
         test_kills_at_random_times(Path(sys.argv[1]), kill, int(sys.argv[2]))
     print(f"{sys.argv[2]} kills: every committed state verified, no acknowledged step was lost")

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 from folders import SMALL
+from kills import die_at, killing
 from power import Log, rebuilt
 from safetensors.torch import load_file
-from test_disk_kills import CALLS, KINDS, check, contents, die_at, killing, one_step, start
+from test_disk_kills import CALLS, KINDS, check, contents, one_step, start
 
 from tritonspeed.offload.commit_record import digest_of
 from tritonspeed.offload.disk import DiskFolder

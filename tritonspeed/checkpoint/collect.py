@@ -94,8 +94,8 @@ def _file(bucket: Bucket, kind: str, dtype: torch.dtype, names: Collection[str] 
 
 
 def _whole_flat(flat: DiskFlat | None, bucket: Bucket) -> DiskFlat | None:
-    """A flat that is the very file to save: one of two slots, of this rank's slice and no more."""
-    return flat if flat is not None and flat.has_two_slots and bucket.owned == bucket.own else None
+    """A flat that is the very file to save: of this rank's slice and no more."""
+    return flat if flat is not None and bucket.owned == bucket.own else None
 
 
 def _values(bucket: Bucket, rounds_at_random: bool) -> Iterator[Record]:
@@ -105,21 +105,25 @@ def _values(bucket: Bucket, rounds_at_random: bool) -> Iterator[Record]:
         return bucket.read_master(first + lo, first + hi).detach()
 
     if not bucket.trainable:
-        yield Record(_file(bucket, PARAMETERS, bucket.types.compute), read)
+        yield _on_disk(bucket) or Record(_file(bucket, PARAMETERS, bucket.types.compute), read)
         return
     if (flat := _whole_flat(bucket.master_flat, bucket)) is not None:
         yield Record(flat.contents, flat.read, flat)
     else:
         yield Record(_file(bucket, MASTER, bucket.types.master), read)
     if rounds_at_random and bucket.types.compute == torch.bfloat16:
-        yield Record(_file(bucket, PARAMETERS, bucket.types.compute), _rounded(bucket))
+        yield _on_disk(bucket) or Record(_file(bucket, PARAMETERS, bucket.types.compute), _rounded(bucket))
+
+
+def _on_disk(bucket: Bucket) -> Record | None:
+    """The shard, where it is on disk: there it may be larger than the host's memory."""
+    flat = bucket.shard_flat
+    return None if flat is None else Record(flat.contents, flat.read, flat)
 
 
 def _rounded(bucket: Bucket) -> Callable[[int, int], Tensor]:
     """What modules compute with, of this rank's slice."""
     first = bucket.own[0]
-    if bucket.shard_flat is not None:
-        return bucket.shard_flat.read
     if bucket.shard is not None:
         shard = bucket.shard
         return lambda lo, hi: shard[lo:hi]
