@@ -189,7 +189,7 @@ def rearrange(index: dict[str, Any], rng: random.Random) -> str:
         "digests exchanged": lambda: exchange(a, b, "digests"),
         "headers exchanged": lambda: exchange(a, b, "header"),
         "another kind": lambda: a.update(kind="exp_avg_sq"),
-        "another dtype": lambda: a.update(dtype=rng.choice(("I32", "F16", "F64", "BOOL"))),
+        "another dtype": lambda: a.update(dtype=rng.choice(("I32", "F16", "F64", "BOOL", "F8_E5M2"))),
         "less": lambda: files.remove(a),
         "moved": lambda: [each.__setitem__(3, each[3] + by) for each in layout],
         "names exchanged": lambda: exchange(one, other, 0),

@@ -85,7 +85,11 @@ def test_parts_of_several_dtypes_come_in_one_that_holds_all(tmp_path):
     path = write(tmp_path / "c", facts({"w": (11,)}), [Rank(each) for each in flats])
     with StoredCheckpoint(path) as found:
         assert torch.equal(found.read("master", "w", 0, 11), torch.cat([left.float(), right]))
-        assert found.read("master", "w", 0, 4).dtype == torch.bfloat16
+        assert found.read("master", "w", 0, 4).dtype == torch.float32
+    flats[1] = [("b", "master", [("w", 5, 11, right.to(torch.float8_e5m2))])]
+    path = write(tmp_path / "other", facts({"w": (11,)}), [Rank(each) for each in flats])
+    with pytest.raises(CorruptCheckpoint, match=r"master of 'w' is in files of torch.bfloat16, torch.float8_e5m2"):
+        StoredCheckpoint(path)
 
 
 def test_a_gradient_is_what_was_summed_and_what_waits(tmp_path):
@@ -214,6 +218,15 @@ def test_what_each_way_of_verifying_finds(tmp_path):
         for _ in range(2):
             with pytest.raises(CorruptCheckpoint):
                 found.read("master", "w", 3 * 1024, 3 * 1024 + 1)
+
+
+def test_a_sample_is_an_eighth_of_the_reading(tmp_path, small_blocks):
+    truth = {"master": {"w": torch.randn(64 * 2048)}}
+    told = {True: [], False: []}
+    path = write(tmp_path / "c", facts({"w": (64 * 2048,)}), spread(truth, 1, random.Random(0)), run_bytes=8192)
+    for every_byte, read in told.items():
+        verify(path, every_byte, read.append)
+    assert sum(told[False]) * 8 == sum(told[True]) == 4 * 64 * 2048
 
 
 def test_a_run_too_long_for_memory_is_checked_too(tmp_path, small_blocks):

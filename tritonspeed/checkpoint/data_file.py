@@ -220,6 +220,11 @@ class DataFile:
         block = self.blocks[index]
         return whole_pages(block.hi) - block.lo // PAGE_BYTES * PAGE_BYTES
 
+    def is_compared(self, index: int) -> bool:
+        """Whether reading a block compares a digest."""
+        block = self.blocks[index]
+        return any(self._is_compared(i) for i in range(block.first, block.last))
+
     def check_header(self) -> None:
         """Compare size and header, if nobody has yet.
 

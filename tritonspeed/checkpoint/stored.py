@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import os
 import stat
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, reduce
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -37,6 +35,7 @@ from tritonspeed.checkpoint.manifest import (
     parse_manifest,
     rank_folder,
 )
+from tritonspeed.checkpoint.places import Place, find_places, within
 from tritonspeed.checkpoint.record import GRADIENT, MASTER, OUTBOX, PARAMETERS
 from tritonspeed.checkpoint.run_facts import run_facts
 from tritonspeed.checkpoint.source import ParameterFacts, RunFacts
@@ -45,16 +44,6 @@ from tritonspeed.checkpoint.tree import decode
 from tritonspeed.offload.commit_record import digest_of
 
 RUN = "run"  # where a rank's state has the fields of RunFacts
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Elements [lo, hi) of a parameter, from element ``start`` of a file's flat on."""
-
-    lo: int
-    hi: int
-    file: DataFile
-    start: int
 
 
 class StoredCheckpoint:
@@ -89,7 +78,7 @@ class StoredCheckpoint:
         self._first_names = _first_names(self.parameters, str(where))
         self.indexes = [self._index(rank) for rank in range(self.manifest.world)]
         self.files = [self._files_of(index) for index in self.indexes]
-        self._places, self._outbox = self._table()
+        self._places, self._outbox = find_places(self.files, self.parameters, str(self.path))
         self._kinds = self._kinds_of_all()
         self._scalars = self._numbers()
         self._blocks = Blocks(on_bytes=on_bytes)
@@ -139,45 +128,6 @@ class StoredCheckpoint:
         for before, after in pairwise(files):
             before.after, after.before = after, before
         return files
-
-    def _table(self) -> tuple[dict[tuple[str, str], list[Place]], dict[tuple[int, str], list[Place]]]:
-        """{(kind, parameter): places} in order, of all ranks; {(rank, parameter): places} of what was not summed."""
-        shared: dict[tuple[str, str], list[Place]] = {}
-        own: dict[tuple[int, str], list[Place]] = {}
-        for rank, files in enumerate(self.files):
-            for file in files:
-                for i in file.layout:
-                    kind = file.record.kind
-                    places = (
-                        own.setdefault((rank, i.name), []) if kind == OUTBOX else shared.setdefault((kind, i.name), [])
-                    )
-                    if i.hi > i.lo:
-                        places.append(Place(i.lo, i.hi, file, i.start))
-        for (kind, name), places in shared.items():
-            self._check_whole(f"{kind} of {name!r}", name, places)
-        for (rank, name), places in own.items():
-            self._check_whole(f"{OUTBOX} of rank {rank} of {name!r}", name, places)
-        for name, facts in self.parameters.items():
-            if facts.trainable and prod(facts.shape) and not {(MASTER, name), (PARAMETERS, name)} & shared.keys():
-                raise CorruptCheckpoint(f"{self.path}: no file has values of the trained parameter {name!r}")
-        return shared, own
-
-    def _check_whole(self, what: str, name: str, places: list[Place]) -> None:
-        """Sorts them; together they must be the whole parameter, and no element twice."""
-        places.sort(key=lambda place: place.lo)
-        end, before = 0, None
-        for place in places:
-            if place.lo != end:
-                has = "is in no file" if place.lo > end else f"is in {before and before.file.path} too"
-                lo, hi = min(end, place.lo), max(end, place.lo)
-                raise CorruptCheckpoint(f"{place.file.path}: {what}: [{lo}, {hi}) {has}")
-            end, before = place.hi, place
-        if end != prod(self.parameters[name].shape):
-            raise CorruptCheckpoint(f"{self.path}: {what}: [{end}, {prod(self.parameters[name].shape)}) is in no file")
-        if len({place.file.record.dtype for place in places}) > 1 and not all(
-            place.file.record.dtype.is_floating_point for place in places
-        ):
-            raise CorruptCheckpoint(f"{self.path}: {what} is in files of different dtypes")
 
     def _kinds_of_all(self) -> dict[str, frozenset[str]]:
         found: dict[str, set[str]] = {name: set() for name in self.parameters}
@@ -257,32 +207,41 @@ class StoredCheckpoint:
             raise ValueError(f"[{lo}, {hi}) of {name!r}, which has {numel} elements")
 
     def _join(self, places: list[Place], lo: int, hi: int) -> Tensor:
+        """Elements [lo, hi), from one file or several; where dtypes differ, in one that holds all."""
         dtypes = [place.file.record.dtype for place in places]
-        parts = [self._part(place, max(lo, place.lo), min(hi, place.hi)) for place in _within(places, lo, hi)]
-        if len(parts) == 1:
-            return parts[0]
-        dtype = dtypes[0] if dtypes else torch.float32
-        for other in dtypes[1:]:
-            dtype = torch.promote_types(dtype, other)
-        return torch.cat([part.to(dtype) for part in parts]) if parts else torch.empty(0, dtype=dtype)
-
-    def _part(self, place: Place, lo: int, hi: int) -> Tensor:
-        """Elements [lo, hi) of the parameter, which are all in one file."""
-        file, size = place.file, place.file.record.dtype.itemsize
-        start, end = ((place.start + at - place.lo) * size for at in (lo, hi))
-        file.check_header()
-        try:
-            values = self._blocks.empty(hi - lo, file.record.dtype)
-        except (MemoryError, RuntimeError) as error:
-            raise CheckpointError(f"{file.path}: {end - start:,} bytes do not fit into memory: {error}") from error
-        into = values.view(torch.uint8)
-        indexes = _blocks_of(place, lo, hi)
-        for index in indexes:
-            block = file.blocks[index]
-            a, b = max(start, block.lo), min(end, block.hi)
-            with self._blocks.block(file, index, indexes[-1]) as held:
-                into[a - start : b - start].copy_(held[a - block.lo : b - block.lo])
+        dtype = reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
+        found = list(within(places, lo, hi))
+        for place in found:
+            place.file.check_header()  # sizes are true before memory is asked for
+        values = self._empty(hi - lo, dtype)
+        for place in found:
+            a, b = max(lo, place.lo), min(hi, place.hi)
+            into = values[a - lo : b - lo]
+            if place.file.record.dtype == dtype:
+                self._fill(into, place, a)
+            else:
+                part = self._empty(b - a, place.file.record.dtype)
+                self._fill(part, place, a)
+                into.copy_(part)
         return values
+
+    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        try:
+            return self._blocks.empty(numel, dtype)
+        except (MemoryError, RuntimeError) as error:
+            what = f"{numel:,} elements of {dtype} do not fit into memory"
+            raise CheckpointError(f"{self.path}: {what}: {error}") from error
+
+    def _fill(self, values: Tensor, place: Place, first: int) -> None:
+        """Elements of the parameter from ``first`` on, all in one file, into ``values`` of its dtype."""
+        start, end = place.in_bytes(first, first + values.numel())
+        into = values.view(torch.uint8)
+        indexes = place.blocks(start, end)
+        for index in indexes:
+            block = place.file.blocks[index]
+            a, b = max(start, block.lo), min(end, block.hi)
+            with self._blocks.block(place.file, index, indexes[-1]) as held:
+                into[a - start : b - start].copy_(held[a - block.lo : b - block.lo])
 
     # what is no parameter
 
@@ -333,7 +292,8 @@ class StoredCheckpoint:
         self.close()
 
     def check_all(self) -> None:
-        """Compare everything that there is: every rank's files and state, and the sizes of ``model/``.
+        """Compare everything that there is, as far as ``verify`` says: every rank's files and state, and the sizes of
+        ``model/``.
 
         Raises:
             CorruptCheckpoint: what is wrong, and where.
@@ -341,7 +301,7 @@ class StoredCheckpoint:
         for index, files in zip(self.indexes, self.files, strict=True):
             for file in files:
                 file.check_header()
-                for i in range(len(file.blocks)):
+                for i in filter(file.is_compared, range(len(file.blocks))):
                     with self._blocks.block(file, i):
                         pass
             state = self._folder(index.rank) / STATE
@@ -372,23 +332,6 @@ def verify(path: str | os.PathLike[str], every_byte: bool = True, on_bytes: Call
     with StoredCheckpoint(path, "full" if every_byte else "sampled", on_bytes) as found:
         found.check_all()
         return found.manifest.step
-
-
-def _blocks_of(place: Place, lo: int, hi: int) -> range:
-    """Which blocks of its file have elements [lo, hi) of the parameter, at least one."""
-    blocks, size = place.file.blocks, place.file.record.dtype.itemsize
-    start, end = ((place.start + at - place.lo) * size for at in (lo, hi))
-    first = bisect_right(blocks, start, key=lambda block: block.lo) - 1
-    return range(first, bisect_left(blocks, end, lo=first, key=lambda block: block.lo))
-
-
-def _within(places: list[Place], lo: int, hi: int) -> Iterator[Place]:
-    """Those that share an element with [lo, hi)."""
-    for place in places[max(0, bisect_right(places, lo, key=lambda p: p.lo) - 1) :]:
-        if place.lo >= hi:
-            return
-        if max(lo, place.lo) < min(hi, place.hi):
-            yield place
 
 
 def _first_names(parameters: Mapping[str, ParameterFacts], where: str) -> dict[str, str]:
