@@ -26,6 +26,7 @@ from tritonspeed.checkpoint.record import MASTER, PARAMETERS
 from tritonspeed.checkpoint.restore import (
     Fit,
     Wanted,
+    buffers_of,
     fill,
     fill_buffers,
     fill_gradients,
@@ -159,21 +160,20 @@ def _own(sharded: ShardedModel, source: Source, wanted: Wanted) -> tuple[dict[st
     nearest = own or source.rank_state(0)
     if not own and "data" in nearest:  # counted over all ranks: one more rank stands where the others do
         own = {"data": nearest["data"]}
-    buffers = nearest.get("buffers")
-    return own, {} if buffers is None else fit_buffers(sharded, buffers, wanted.strict)
+    buffers = {name: _whole(source, name) for name in buffers_of(sharded) if name in source.parameters}
+    buffers |= nearest.get("buffers", {})
+    return own, fit_buffers(sharded, buffers, wanted.strict and ("buffers" in nearest or bool(buffers)))
+
+
+def _whole(source: Source, name: str) -> Tensor:
+    """All of a tensor, as exactly as the checkpoint has it."""
+    shape = source.parameters[name].shape
+    return source.read(MASTER if MASTER in source.kinds(name) else PARAMETERS, name, 0, prod(shape)).view(shape)
 
 
 def _load_by(custom: Callable[..., Any], sharded: ShardedModel, source: Source) -> None:
     """Parameters by the caller's own function."""
-
-    def whole() -> dict[str, Tensor]:
-        found = {}
-        for name, facts in source.parameters.items():
-            kind = MASTER if MASTER in source.kinds(name) else PARAMETERS
-            found[name] = source.read(kind, name, 0, prod(facts.shape)).view(facts.shape)
-        return found
-
-    values = together(sharded.mesh, whole)
+    values = together(sharded.mesh, lambda: {name: _whole(source, name) for name in source.parameters})
     with torch.no_grad(), GatheredParameters(list(sharded.model.parameters()), modifier_rank=0):
         custom(src=values, dst=sharded.model)
 

@@ -101,6 +101,7 @@ def fit(sharded: ShardedModel, source: Source, wanted: Wanted) -> Fit:
                     found.missing.append(span.name)  # frozen ones may have been left out on purpose
             else:
                 found.sources[span.name] = name
+    taken |= buffers_of(sharded).keys()  # plain weights do not tell them from parameters
     found.unexpected = [name for name in source.parameters if name not in taken]
     if wanted.states and sharded.stepper is not None:
         _fit_states(sharded, source, found)
