@@ -30,7 +30,7 @@ from tritonspeed.offload.options import Requests
 from tritonspeed.offload.page_file import PageFile, create, free_bytes, header_bytes
 
 RUN_BYTES = 8 * 2**20  # of what has one digest: also the most that a reader of a few elements reads in vain
-MOST_OPEN_FILES = 128  # synced together
+MOST_OPEN_FILES = 512  # synced together
 MOST_NAME_BYTES = 200
 Digests = tuple[tuple[int, int, str], ...]
 _PART = re.compile(r"(?P<name>.*)\[(?P<lo>\d+):(?P<hi>\d+)\]", re.DOTALL)
@@ -137,6 +137,7 @@ class Writer:
         opened: list[DirectFile] = []
         runs: dict[str, list[tuple[int, int, Future[str]]]] = {}
         futures: list[Future[str]] = []
+        syncs: list[Future[None]] = []
         try:
             for record in records:
                 name, size = file_name(record.file), record.file.dtype.itemsize
@@ -155,32 +156,32 @@ class Writer:
             for future in futures:
                 if not future.cancelled():
                     future.result()
-            for handle in [file.sync() for file in opened]:
-                handle.wait()
+            syncs += [self._threads.submit(file.sync_here) for file in opened]
+            for future in syncs:
+                future.result()
         finally:
-            for future in futures:
+            for future in (*futures, *syncs):
                 future.cancel()
-            wait(futures)
+            wait((*futures, *syncs))
             for file in opened:
                 file.close()
         return {name: tuple((lo, hi, made.result()) for lo, hi, made in each) for name, each in runs.items()}
 
     def _write_run(self, file: DirectFile, read: Callable[[int, int], Tensor], lo: int, hi: int, size: int) -> str:
-        values = self._on_pages(read(lo, hi))
+        values = self._on_pages(read(lo, hi).detach().reshape(-1))
         digest = digest_of(bytes_of(values))
-        file.write(lo * size, values).wait()
+        file.write_here(lo * size, values)
         return digest
 
     def _on_pages(self, values: Tensor) -> Tensor:
-        """The values where direct I/O can take them from."""
-        values = values.detach()
-        if values.device.type == "cpu" and values.is_contiguous() and values.data_ptr() % PAGE_BYTES == 0:
+        """The values where direct I/O can take them from: where they are, or in memory that this thread keeps."""
+        device = values.device.type
+        if device == "cpu" and values.data_ptr() % PAGE_BYTES == 0:
             return values
-        if not hasattr(self._own, "buffer") or self._own.pinned_for != values.device.type:
-            self._own.pinned_for = values.device.type
-            self._own.buffer = host_empty(RUN_BYTES, torch.uint8, pin=values.device.type != "cpu")
-        staged = self._own.buffer[: values.nbytes].view(values.dtype)
-        return staged.copy_(values.reshape(-1))
+        if self._own.__dict__.get("device") != device:
+            self._own.device = device
+            self._own.stage = host_empty(RUN_BYTES, torch.uint8, pin=device != "cpu")
+        return self._own.stage[: values.nbytes].view(values.dtype).copy_(values)
 
 
 def _create(folder: Path, records: Sequence[Record]) -> dict[str, int]:

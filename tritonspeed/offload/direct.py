@@ -172,12 +172,25 @@ class DirectFile:
 
         Where they end within a page, the rest of that page becomes zeros: it must be the last one of the contents.
         """
+        blocks = self._blocks_to_write(offset, values)
+        return Requested([self._pool.start(self._write, at, part) for at, part in blocks])
+
+    def write_here(self, offset: int, values: Tensor) -> None:
+        """The same in the calling thread, for who has threads of its own: a hand-over less."""
+        for at, part in self._blocks_to_write(offset, values):
+            self._write(at, part)
+
+    def _blocks_to_write(self, offset: int, values: Tensor) -> list[tuple[int, memoryview]]:
         view = self._view(offset, values)
         assert len(view) % PAGE_BYTES == 0 or offset + len(view) == self.num_bytes, (
             f"{self.path}: a write of [{offset}, {offset + len(view)}) ends within a page"
         )
         self.is_dirty = True
-        return Requested([self._pool.start(self._write, at, part) for at, part in self._blocks(offset, view)])
+        return list(self._blocks(offset, view))
+
+    def sync_here(self) -> None:
+        """``sync`` in the calling thread."""
+        self._sync()
 
     def sync(self) -> Requested:
         """Start making what was written survive a power cut; writes must have been waited for."""
