@@ -8,6 +8,8 @@ from pathlib import Path
 from tritonspeed.checkpoint.errors import CheckpointError
 from tritonspeed.checkpoint.folder import check_tag, committed, find, latest_tag
 from tritonspeed.checkpoint.manifest import MANIFEST
+from tritonspeed.checkpoint.opening import DEEPSPEED, PLAIN, UNIVERSAL, kind_of, latest_universal
+from tritonspeed.checkpoint.universal import LATEST
 
 log = logging.getLogger("tritonspeed")
 
@@ -28,13 +30,15 @@ def candidates(folder: Path, tag: str | None = None) -> list[Path]:
             if (folder / check_tag(tag)).is_dir():
                 return [folder / tag]  # another format's; or damaged, as whoever opens it will say
             raise
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() or kind_of(folder) in (DEEPSPEED, UNIVERSAL):
         return [folder]
     ours = [path for path, manifest in committed(folder) if manifest.facts.get("latest", True)]
     latest = latest_tag(folder)
+    if latest is None and not ours and (folder / LATEST).is_file():
+        return candidates(folder, latest_universal(folder))
     if latest is None:
         if not (folder / "latest").exists() and not ours:
-            return []
+            return [folder] if kind_of(folder) == PLAIN else []
         log.warning("%s: 'latest' is missing or names nothing; the newest checkpoint is taken", folder)
         return ours
     try:

@@ -49,6 +49,7 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,7})_)?mp_rank_(\d{2,4})_model_states
 _OPTIMIZER = re.compile(r"((?:bf16_|fp16_)?)zero_pp_rank_(\d{1,7})_mp_rank_(\d{2,4})_?optim_states\.pt")
 _SHARDED, _FLAT, _STATE = "fp32_flat_groups", "single_partition_of_fp32_groups", "optimizer_state_dict"
 MOST_RANKS = 2**20
+_UNUSED = {"lion": "exp_avg_sq"}  # zeros that DeepSpeed's Lion for CPUs keeps and never touches
 
 
 @dataclass
@@ -139,7 +140,8 @@ class DeepSpeedCheckpoint(HeldSource):
         """Of each flat: the optimizer's numbers, and the kinds of its tensors."""
         first = self._rank(0)
         numbers = [scalars_in(state) for state in _states(said, len(self._layout.groups))]
-        return numbers, [(MASTER, *states) for states in first.states]
+        unused = _UNUSED.get((self.facts.optimizer or "").lower())
+        return numbers, [(MASTER, *(kind for kind in states if kind != unused)) for states in first.states]
 
     def _settings(self, base: Any) -> list[dict[str, Any]]:
         if isinstance(base, list):  # an elastic checkpoint keeps none

@@ -21,7 +21,7 @@ from tritonspeed.checkpoint.manifest import MANIFEST
 from tritonspeed.checkpoint.plain import PlainWeights
 from tritonspeed.checkpoint.source import Source
 from tritonspeed.checkpoint.stored import StoredCheckpoint
-from tritonspeed.checkpoint.universal import UniversalCheckpoint
+from tritonspeed.checkpoint.universal import LATEST, UniversalCheckpoint
 from tritonspeed.zero.tensor_files import INDEX, SINGLE, some_names
 
 OURS, DEEPSPEED, UNIVERSAL, PLAIN = "tritonspeed", "deepspeed", "universal", "huggingface"
@@ -111,10 +111,12 @@ def locate(path: Path, tag: str | None = None) -> Path:
 def _latest(path: Path) -> str | None:
     """What a folder of checkpoints names; a universal one where there is no other."""
     found = latest_tag(path)
-    if found is None and (path / "latest_universal").is_file():
-        text = (path / "latest_universal").read_bytes()[:4096].decode(errors="replace").strip()
-        return check_tag(text)
-    return found
+    return latest_universal(path) if found is None and (path / LATEST).is_file() else found
+
+
+def latest_universal(path: Path) -> str:
+    """The tag that a folder of checkpoints names for DeepSpeed's ``load_universal``."""
+    return check_tag((path / LATEST).read_bytes()[:4096].decode(errors="replace").strip())
 
 
 def _tags(path: Path) -> list[str]:

@@ -184,7 +184,9 @@ def _check_pickle(content: bytes, path: Path, known: dict[str, type[Standin]], m
     Args:
         members: bytes of each of the archive's.
     """
-    protocol, run, memo = None, [], {}
+    protocol: Any = None
+    run: list[Any] = []  # atoms since the last mark
+    memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(io.BytesIO(content)):
         name = opcode.name
         if name == "PROTO":
