@@ -5,9 +5,9 @@
 FOLDER is on the disk that is measured and needs some 6 GB; VENV is what bench/peers/setup.sh makes (without it
 DeepSpeed is left out). bench/checkpoint/bench_kills.py fills in the column of kills.
 
-The state is AdamW's of a transformer of 100 M parameters by default, 1.3 GiB; every rank has its own part. In each round
-every system saves into a new folder, which is then read back with a cold page cache; each round begins with another
-system, and nobody has anything to write when a turn starts. Columns:
+The state is AdamW's of a transformer of 100 M parameters by default, 1.3 GiB; every rank has its own part. In each
+round every system saves into a new folder, which is then read back with a cold page cache; each round begins with
+another system, and nobody has anything to write when a turn starts. Columns:
 
     stall       seconds for which training is blocked: the call itself
     durable     seconds until the checkpoint survives a power cut: the call, the background work and, unless a system
@@ -27,7 +27,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -43,7 +44,6 @@ GIB, MIB = 2**30, 2**20
 GOAL = 85.0  # percent of raw
 RAW = "raw"
 OURS = "ours"
-LIMIT_S = 120
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,15 @@ class Row:
 
 
 class Group:
-    """The ranks of one group of systems, waiting for requests."""
+    """The ranks of one group of systems, waiting for requests.
 
-    def __init__(self, name: str, python: str, world: int, size: Size, folder: Path) -> None:
-        self.name, self.said = name, tempfile.TemporaryFile("w+")
+    Args:
+        folder: for what they keep on disk beside checkpoints.
+        said: gets what they write on stderr.
+    """
+
+    def __init__(self, name: str, python: str, world: int, size: Size, folder: Path, said: IO[str]) -> None:
+        self.name, self.said = name, said
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -89,17 +94,11 @@ class Group:
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT}
             variables["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // world)
-            self.processes.append(
-                subprocess.Popen(
-                    command,
-                    env=environment(python, {k: str(v) for k, v in variables.items()}),
-                    cwd=ROOT,
-                    text=True,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=self.said,
-                )  # fmt: skip
+            settings = environment(python, {k: str(v) for k, v in variables.items()})
+            process = subprocess.Popen(
+                command, env=settings, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
             )
+            self.processes.append(process)
         self.systems: list[str] = []
 
     def wait_until_ready(self) -> None:
@@ -133,12 +132,25 @@ class Group:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self.said.close()
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:
     assert stream is not None, "started with pipes"
     return stream
+
+
+@contextmanager
+def started(pythons: Mapping[str, str], world: int, size: Size, folder: Path) -> Iterator[list[Group]]:
+    """Groups, each under its interpreter, that are ready."""
+    groups: list[Group] = []
+    with ExitStack() as stack:
+        for name, python in pythons.items():
+            said = stack.enter_context(tempfile.TemporaryFile("w+"))
+            groups.append(Group(name, python, world, size, folder, said))
+            stack.callback(groups[-1].stop)
+        for group in groups:
+            group.wait_until_ready()
+        yield groups
 
 
 def bytes_below(folder: Path) -> int:
@@ -289,23 +301,15 @@ def main() -> None:
     size = Size(a.blocks, a.width)
     names = a.groups or ["torch", "ours", "ours-disk", *(["deepspeed"] if a.peer_python else [])]
     path = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=a.path))
-    rows, turns = [], {}
+    rows: list[Row] = []
+    turns = {}
     try:
         for world in a.worlds:
-            groups: list[Group] = []
-            try:
-                for name in names:
-                    python = a.peer_python if name == "deepspeed" else sys.executable
-                    groups.append(Group(name, python, world, size, path))
-                for group in groups:
-                    group.wait_until_ready()
+            pythons = {name: a.peer_python if name == "deepspeed" else sys.executable for name in names}
+            with started(pythons, world, size, path) as groups:
                 wait_until_idle()
-                taken = measured(groups, path, a.rounds)
-            finally:
-                for group in groups:
-                    group.stop()
-            rows += rows_of(world, taken)
-            turns[str(world)] = taken
+                turns[str(world)] = measured(groups, path, a.rounds)
+            rows += rows_of(world, turns[str(world)])
     finally:
         shutil.rmtree(path, ignore_errors=True)
     report(rows, turns, size, a.out)
