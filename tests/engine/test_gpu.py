@@ -166,3 +166,58 @@ def test_offload_states_frees_the_gpu(nccl, stage):
         found.append(engine.module_state_dict())
         engine.destroy()
     assert same(*found)
+
+
+def resumed(device: torch.device, settings: dict[str, Any], folder: pathlib.Path) -> None:
+    """Save after three micro-steps, train on meanwhile; load into a fresh engine: the same bits from there on."""
+
+    def run(engine: ts.Engine, first: int, last: int) -> list[float]:
+        losses = []
+        for i in range(first, last):
+            loss = engine(*(t.to(device) for t in batch(0, i))) * (1 + 0.1 * torch.rand((), device=device))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    torch.manual_seed(0)
+    engine = ts.initialize(model=Net(width=64, depth=4), config=settings)[0]
+    run(engine, 0, 3)
+    engine.save_checkpoint(folder)
+    expected = run(engine, 3, 7), engine.module_state_dict()
+    engine.wait_for_checkpoint()
+    engine.destroy()
+    other = ts.initialize(model=Net(width=64, depth=4), config=settings)[0]
+    run(other, 5, 7)
+    assert other.load_checkpoint(folder)[0] is not None
+    got = run(other, 3, 7), other.module_state_dict()
+    assert got[0] == expected[0] and same(got[1], expected[1])
+    other.destroy()
+
+
+@pytest.mark.parametrize("where", ["device", "cpu", "nvme"])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_checkpoint_resumes_with_the_same_bits(nccl, tmp_path, where, in_background):
+    for stage in (1, 3):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        if where != "device":
+            zero["offload_optimizer"] = {"device": where, "nvme_path": str(tmp_path)}
+        more = {"zero_optimization": zero, "checkpoint": {"async_save": in_background}}
+        more["gradient_accumulation_steps"] = 2
+        resumed(nccl, config(stage, "bf16", **more), tmp_path / f"saved{stage}")
+
+
+def test_a_background_save_stalls_for_the_copy_alone(nccl, tmp_path):
+    """What the GPU writes right after ``start`` is not in the checkpoint."""
+    torch.manual_seed(0)
+    given = config(1, "fp32", checkpoint={"async_save": True})
+    engine = ts.initialize(model=Net(width=512, depth=4), config=given)[0]
+    engine.save_checkpoint(tmp_path)
+    before = engine.module_state_dict()
+    with torch.no_grad():
+        for bucket in engine.sharded.buckets:
+            bucket.whole.zero_()
+    engine.wait_for_checkpoint()
+    engine.load_checkpoint(tmp_path)
+    assert same(engine.module_state_dict(), before)
+    engine.destroy()
