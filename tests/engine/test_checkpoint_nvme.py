@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -124,6 +125,26 @@ def test_frozen_parameters_on_disk_are_not_copied(tmp_path):
         assert stored.verify(tmp_path / "kept" / tag) == int(tag[-1])
     engine.load_checkpoint(tmp_path / "kept")
     assert all(value.equal(wanted[name]) for name, value in engine.module_state_dict().items())
+    engine.destroy()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_cannot_be_linked_is_copied_under_the_next_steps(tmp_path, monkeypatch, in_background):
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    (tmp_path / "nvme").mkdir()
+    engine = make(config(3, tmp_path / "nvme", async_save=in_background))
+    step(engine, 0)
+    monkeypatch.setattr(os, "link", refuse)
+    engine.save_checkpoint(tmp_path / "kept")
+    wanted = [step(engine, number) for number in range(1, 5)]
+    engine.destroy()
+    assert stored.verify(tmp_path / "kept" / "global_step1") == 1
+    assert set(links(tmp_path / "kept" / "global_step1", 0, 1).values()) == {1}
+    engine = make(config(3, tmp_path / "nvme"))
+    engine.load_checkpoint(tmp_path / "kept")
+    assert [step(engine, number) for number in range(1, 5)] == wanted
     engine.destroy()
 
 
