@@ -175,18 +175,7 @@ def train(case: Case, out: Path) -> None:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=case.config())
     rank, tokens = torch.distributed.get_rank(), batches(case.world)
 
-    def run(first: int) -> list[float]:
-        losses = []
-        for step in range(first, first + STEPS):
-            loss = engine(tokens[step, rank])
-            engine.backward(loss)
-            engine.step()
-            total = loss.detach().clone()
-            torch.distributed.all_reduce(total)
-            losses.append(total.item() / case.world)
-        return losses
-
-    before = run(0)
+    before = _losses(engine, tokens, 0)
     kept = truth(engine)
     scheduler = engine.lr_scheduler.state_dict()
     scale = None
@@ -194,12 +183,44 @@ def train(case: Case, out: Path) -> None:
         held = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)
         scale = held.cur_scale
     engine.save_checkpoint(str(out / "checkpoint"), client_state={"epoch": 4, "note": "seen"})
-    after = run(STEPS)
+    after = _losses(engine, tokens, STEPS)
     if rank == 0:
         torch.save({**kept, "batches": tokens}, out / "truth.pt")
         facts = {"before": before, "after": after, "scheduler": scheduler, "scale": scale, "config": case.config()}
         (out / "truth.json").write_text(json.dumps(facts, indent=1))
     engine.destroy()
+
+
+def resume(case: Case, folder: Path, out: Path) -> None:
+    """One rank's run that loads a universal checkpoint and takes three steps; ``out`` is a file for the losses."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if case.precision == "fp16":
+        get_accelerator().is_fp16_supported = lambda: True
+    model = Tiny()
+    config = {**case.config(), "checkpoint": {"load_universal": True}}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups(model), config=config)
+    path, client_state = engine.load_checkpoint(str(folder))
+    tokens, rank = batches(case.world), torch.distributed.get_rank()
+    first, losses = engine.global_steps, _losses(engine, tokens, engine.global_steps)
+    if rank == 0:
+        found = {"path": path, "epoch": client_state.get("epoch"), "first": first, "losses": losses}
+        out.write_text(json.dumps(found))
+    engine.destroy()
+
+
+def _losses(engine: Any, tokens: Tensor, first: int) -> list[float]:
+    """Of ``STEPS`` steps, mean over the ranks."""
+    losses, world = [], tokens.shape[1]
+    for step in range(first, first + STEPS):
+        loss = engine(tokens[step, torch.distributed.get_rank()])
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / world)
+    return losses
 
 
 def truth(engine: Any) -> dict[str, Tensor]:
@@ -252,9 +273,8 @@ def _unsharded(engine: Any, name: str, parameter: nn.Parameter) -> dict[str, Ten
     raise AssertionError(f"{name} is in no group of the optimizer")
 
 
-def launch(name: str, out: Path) -> None:
-    """One case in ranks of its own, ended after ``LIMIT_S`` seconds."""
-    out.mkdir(parents=True)
+def launch(name: str, out: Path, *more: str) -> None:
+    """One case in ranks of its own, ended after ``LIMIT_S`` seconds; ``out`` is what they must write."""
     command = [
         sys.executable,
         "-m",
@@ -263,7 +283,7 @@ def launch(name: str, out: Path) -> None:
         "--nproc-per-node",
         str(CASES[name].world),
     ]
-    command += ["-m", "bench.peers.deepspeed_checkpoints", "--out", str(out), "--rank-of", name]
+    command += ["-m", "bench.peers.deepspeed_checkpoints", "--rank-of", name, *more]
     tools = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
@@ -275,8 +295,14 @@ def launch(name: str, out: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     # gloo ranks now and then abort at exit, after the last thing is written
-    if not (out / "truth.json").is_file():
+    if not out.is_file():
         raise RuntimeError(f"{name}: {output[-3000:]}")
+
+
+def make(name: str, out: Path) -> None:
+    """One case: checkpoint and truth."""
+    out.mkdir(parents=True)
+    launch(name, out / "truth.json", "--out", str(out))
 
 
 def convert(source: Path, out: Path) -> None:
@@ -313,22 +339,31 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--only", nargs="*", help="names of cases; all without it")
     p.add_argument("--pack", type=Path, help="put what tests read from --out into this .tar.xz, and make nothing")
+    p.add_argument("--resume", type=Path, help="instead: load this folder's universal checkpoint, as the one --only")
     p.add_argument("--rank-of", help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.rank_of:
+    if a.rank_of and a.resume:
+        resume(CASES[a.rank_of], a.resume, a.out)
+    elif a.rank_of:
         train(CASES[a.rank_of], a.out)
-        return
-    if a.pack:
+    elif a.resume:
+        launch(a.only[0], a.out, "--out", str(a.out), "--resume", str(a.resume))
+    elif a.pack:
         pack(a.out, a.pack)
-        return
-    names = a.only or [*CASES, *(f"{name}-universal" for name in UNIVERSAL)]
+    else:
+        make_all(a.only, a.out)
+
+
+def make_all(only: list[str] | None, out: Path) -> None:
+    """Every case that is not there yet."""
+    names = only or [*CASES, *(f"{name}-universal" for name in UNIVERSAL)]
     for name in names:
         source = name.removesuffix("-universal")
         try:
             for each in (source, name):
-                if (a.out / each / "truth.json").is_file():
+                if (out / each / "truth.json").is_file():
                     continue
-                launch(each, a.out / each) if each == source else convert(a.out / source, a.out / name)
+                make(each, out / each) if each == source else convert(out / source, out / name)
             print(f"{name}: made", flush=True)
         except RuntimeError as error:
             print(f"{name}: FAILED\n{error}", flush=True)

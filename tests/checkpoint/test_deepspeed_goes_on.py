@@ -6,7 +6,9 @@ needs DeepSpeed: its interpreter (bench/peers/setup.sh) is taken from TRITONSPEE
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from deepspeed_fixture import Made, unpack
 
 import tritonspeed as ts
 from bench.peers import deepspeed_checkpoints as peer
+from tritonspeed.checkpoint.convert import convert
+from tritonspeed.checkpoint.universal import write_universal
 
 PEER = os.environ.get("TRITONSPEED_PEER_PYTHON")
 needs_peer = pytest.mark.skipif(not PEER, reason="TRITONSPEED_PEER_PYTHON names no python that has DeepSpeed")
@@ -88,3 +92,59 @@ def test_at_any_stage_of_ours(ranks, made: Path, stage: int):
     case = Made(made / "stage2-fp32-elastic")
     for got, *_ in ranks(2, go_on, str(made / case.name), case.facts["config"], stage):
         assert got == pytest.approx(case.facts["after"], rel=RTOL["fp32"])
+
+
+# with DeepSpeed at hand
+
+
+def run_peer(*arguments: str | Path) -> None:
+    assert PEER is not None, "a test that needs DeepSpeed"
+    command = [PEER, "-m", "bench.peers.deepspeed_checkpoints", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def deepspeed_goes_on(folder: Path, case: str, out: Path) -> dict[str, Any]:
+    run_peer("--only", case, "--resume", folder, "--out", out)
+    return json.loads(out.read_text())
+
+
+@needs_peer
+@pytest.mark.parametrize("name", ["stage2-fp32", "stage3-bf16", "stage1-bf16-fp32accum"])
+def test_we_go_on_from_what_deepspeed_saves_now(ranks, tmp_path: Path, name: str):
+    run_peer("--only", name, "--out", tmp_path)
+    case = Made(tmp_path / name)
+    config = case.facts["config"]
+    precision = "bf16" if "bf16" in config else "fp32"
+    for got, *_ in ranks(2, go_on, str(tmp_path / name), config, config["zero_optimization"]["stage"]):
+        assert got == pytest.approx(case.facts["after"], rel=RTOL[precision])
+
+
+@needs_peer
+@pytest.mark.parametrize("name", ["stage1-bf16", "stage1-bf16-fp32accum", "stage2-fp16"])
+def test_deepspeed_goes_on_from_a_universal_folder_of_ours(made: Path, tmp_path: Path, name: str):
+    """With exactly its own next losses: nothing has been rounded on the way."""
+    case = Made(made / name)
+    write_universal(case.open(), tmp_path / "global_step3_universal")
+    found = deepspeed_goes_on(tmp_path, name, tmp_path / "losses.json")
+    assert (found["first"], found["epoch"]) == (peer.STEPS, 4)
+    assert found["losses"] == case.facts["after"]
+
+
+def train_here(folder: str, name: str) -> list[float]:
+    """Three steps, saved as ours, and three more."""
+    case = peer.CASES[name]
+    engine, tokens = ours(case.config()), peer.batches(case.world)
+    losses(engine, tokens, 0)
+    engine.save_checkpoint(folder, client_state={"epoch": 4})
+    return losses(engine, tokens, peer.STEPS)
+
+
+@needs_peer
+@pytest.mark.parametrize("name", ["stage2-fp32", "stage1-bf16"])
+def test_deepspeed_goes_on_from_our_training(ranks, tmp_path: Path, name: str):
+    ours_next, _ = ranks(2, train_here, str(tmp_path / "ours"), name)
+    convert(tmp_path / "ours", tmp_path / "theirs/global_step3_universal", "universal")
+    found = deepspeed_goes_on(tmp_path / "theirs", name, tmp_path / "losses.json")
+    assert (found["first"], found["epoch"]) == (peer.STEPS, 4)
+    assert found["losses"] == pytest.approx(ours_next, rel=RTOL["fp32" if "fp32" in name else "bf16"])
