@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from engines import make
 from models import Net
@@ -61,3 +63,26 @@ def test_loading_holds_one_bucket_beyond_the_state(ranks, tmp_path):
     more, states, largest = map(int, done.stdout.split())
     assert more <= states + largest + BUFFERS, f"{more:,} for {states:,} of states, {largest:,} in the largest bucket"
     assert states > 6 * largest and states > BUFFERS, "the bound would not tell"
+
+
+def copied(folder: str, stage: int, precision: str | None) -> None:
+    engine = make(config(stage, 1, precision, checkpoint={"async_save": True}))
+    train(engine, 0, 2)
+    host = engine.sharded.ledger.host
+    assert host.total_bytes == 0 and engine.optimizer is not None
+    host.reset_peak()
+    engine.save_checkpoint(folder)
+    engine.wait_for_checkpoint()
+    # a slice of padding alone has no moments
+    own = [(b.layout.slice_numel, 12 if b.layout.pieces(*b.own) else 4) for b in engine.optimizer.buckets]
+    expected = sum(numel * num_bytes for numel, num_bytes in own)
+    assert host.peak_bytes == expected, "this rank's part of masters and two moments in fp32, once"
+    gc.collect()
+    assert host.total_bytes == 0
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_a_background_save_copies_a_ranks_part_once(ranks, tmp_path, stage, precision):
+    ranks(2, copied, str(tmp_path), stage, precision)

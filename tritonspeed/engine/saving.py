@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,11 @@ class Saving:
         return {}
 
     def _host_empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return self.sharded.homes.empty(numel, dtype, crosses=True)
+        """Host memory for a snapshot, in the ledger until it is written."""
+        held, account = self.sharded.homes.empty(numel, dtype, crosses=True), self.sharded.ledger.host
+        account.add("communication", held.nbytes)
+        weakref.finalize(held, account.add, "communication", -held.nbytes)
+        return held
 
     def _agreed_tag(self, tag: str) -> str:
         first, same = same_text(self.mesh, tag, "checkpoint: tag")
