@@ -91,7 +91,8 @@ class DeepSpeedCheckpoint(HeldSource):
         with self.naming("checkpoint of DeepSpeed"):
             self._files = list_files(self.path)
             file, self._model = self._open_model(0)
-            self.buffers, self.facts = self._model.buffers, self._model.facts
+            self.buffers = {name: file.check(value) for name, value in self._model.buffers.items()}
+            self.facts = self._model.facts
             if self._files.optimizer:
                 self._read_sharded()
             elif self._model.shapes is None and self._model.optimizer is not None:
@@ -109,8 +110,8 @@ class DeepSpeedCheckpoint(HeldSource):
     def _read_sharded(self) -> None:
         """Stages 1 to 3: layout, kinds and settings, all from rank 0's file."""
         world = len(self._files.optimizer)
-        content = TorchFile(self._files.optimizer[0], KNOWN, self._verify).content
-        said = dict(items(content[_STATE]))
+        first = TorchFile(self._files.optimizer[0], KNOWN, self._verify)
+        said = dict(items(first.content[_STATE]))
         self._is_sharded = _SHARDED in said
         _check_world(said, self.facts.world, world, self._files, self._is_sharded)
         shapes = self._model.shapes
@@ -121,6 +122,7 @@ class DeepSpeedCheckpoint(HeldSource):
             self._layout = sharded_layout(shapes, world)
         else:
             self._layout = flat_layout(shapes, said.get("param_alignment_paddings"), world)
+        self._ranks[0] = RankState(first, *_flats(said, self._layout, 0, first.path))
         numbers, kinds = self._kinds_and_numbers(said)
         for flat, names in enumerate(self._layout.groups):
             for name in names:
@@ -138,7 +140,7 @@ class DeepSpeedCheckpoint(HeldSource):
 
     def _kinds_and_numbers(self, said: dict[str, Any]) -> tuple[list[dict[str, float]], list[tuple[str, ...]]]:
         """Of each flat: the optimizer's numbers, and the kinds of its tensors."""
-        first = self._rank(0)
+        first = self._ranks[0]
         numbers = [scalars_in(state) for state in _states(said, len(self._layout.groups))]
         unused = _UNUSED.get((self.facts.optimizer or "").lower())
         return numbers, [(MASTER, *(kind for kind in states if kind != unused)) for states in first.states]
@@ -157,12 +159,9 @@ class DeepSpeedCheckpoint(HeldSource):
     def _flat_of(self, kind: str, flat: int) -> Any:
         def of_rank(rank: int) -> Tensor:
             state = self._rank(rank)
-            state.file.check()
-            if kind == MASTER:
-                return state.masters[flat]
-            if kind not in state.states[flat]:
+            if kind != MASTER and kind not in state.states[flat]:
                 raise CorruptCheckpoint(f"{state.file.path} has no {kind}, and other ranks' files have")
-            return state.states[flat][kind]
+            return state.file.check(state.masters[flat] if kind == MASTER else state.states[flat][kind])
 
         return of_rank
 
@@ -180,7 +179,6 @@ class DeepSpeedCheckpoint(HeldSource):
             if rank not in self._models:
                 file = TorchFile(self._files.model[rank], KNOWN, self._verify)
                 self._models[rank] = (file, read_model_state(file.content))
-                file.check()  # buffers, and at stages 0 to 2 all weights
             return self._models[rank]
 
     def _read_frozen(self, trained: Any) -> None:
@@ -195,22 +193,23 @@ class DeepSpeedCheckpoint(HeldSource):
         for name, value in model.weights.items():
             if name not in trained:
                 self.parameters[name] = model.parameter(name, tuple(value.shape), False)
-                self.held[name] = {PARAMETERS: whole(value)}
+                self.held[name] = {PARAMETERS: whole(value, self._models[0][0].check)}
 
     def _share_of(self, name: str, place: Place) -> Any:
         def of_rank(rank: int) -> Tensor:
             if rank not in self._files.model:
                 raise CorruptCheckpoint(f"{self.path} has no *_model_states.pt of rank {rank}")
-            share = self._open_model(rank)[1].fragments.get(name)
+            file, model = self._open_model(rank)
+            share = model.fragments.get(name)
             if share is None or share.numel() != place.share:
                 raise CorruptCheckpoint(f"{self._files.model[rank]} has no share of {place.share} elements of {name!r}")
-            return share.reshape(-1)
+            return file.check(share).reshape(-1)
 
         return of_rank
 
     def _read_unsharded(self, file: TorchFile) -> None:
         """Stage 0: everything is in one file."""
-        found = read_unsharded(self._model, self._model.optimizer)
+        found = read_unsharded(self._model, self._model.optimizer, file.check)
         for name, kinds in found.held.items():
             shape = tuple(self._model.weights[name].shape)
             self.parameters[name] = self._model.parameter(name, shape, True)

@@ -12,7 +12,7 @@ Where it does not follow, nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from tritonspeed.checkpoint.errors import MismatchedCheckpoint
 from tritonspeed.checkpoint.held import Held, whole
 from tritonspeed.checkpoint.record import MASTER
 
+Check = Callable[[Tensor], Tensor]
 _REMEDY = "save with ZeRO stage 1 there, which says it, or take the weights alone"
 
 
@@ -33,21 +34,24 @@ class Unsharded:
     """Of the trained parameters, by name.
 
     Attributes:
+        check: of the file's tensors.
         held: kind → where.
         numbers: the optimizer's.
         groups: its settings, with names.
     """
 
+    check: Check
     held: dict[str, dict[str, Held]] = field(default_factory=dict)
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_unsharded(model: ModelState, said: Any) -> Unsharded:
+def read_unsharded(model: ModelState, said: Any, check: Check) -> Unsharded:
     """States and masters of stage 0.
 
     Args:
         said: what the model's file has under "optimizer".
+        check: of the file's tensors.
 
     Raises:
         ValueError: it is no optimizer's state.
@@ -55,7 +59,7 @@ def read_unsharded(model: ModelState, said: Any) -> Unsharded:
     """
     base = said.get("optimizer_state_dict", said)
     state, groups = dict(items(base["state"])), base["param_groups"]
-    found = Unsharded()
+    found = Unsharded(check)
     if "fp32_groups_flat" in said:
         members = _read_flats(model, said["fp32_groups_flat"], state, found)
     elif "fp32_groups" in said:
@@ -79,7 +83,8 @@ def _read_flats(model: ModelState, flats: list[Tensor], state: dict[Any, Any], f
             weight = left.pop(name)
             place = Place(0, weight.numel(), weight.numel(), after=offset)
             found.held[name] = {
-                kind: (place, lambda rank, v=value: v.reshape(-1)) for kind, value in {MASTER: flat, **tensors}.items()
+                kind: (place, lambda rank, v=value: found.check(v).reshape(-1))
+                for kind, value in {MASTER: flat, **tensors}.items()
             }
             found.numbers[name] = numbers
             names.append(name)
@@ -156,7 +161,7 @@ def _by_shape(model: ModelState, state: dict[Any, Any], groups: list[dict[str, A
 
 def _put(found: Unsharded, name: str, master: Tensor, state: Any) -> None:
     tensors = tensors_in(state, (master.numel(),))
-    found.held[name] = {kind: whole(value) for kind, value in {MASTER: master, **tensors}.items()}
+    found.held[name] = {kind: whole(value, found.check) for kind, value in {MASTER: master, **tensors}.items()}
     found.numbers[name] = scalars_in(state)
 
 

@@ -81,6 +81,6 @@ class HeldSource:
             raise CorruptCheckpoint(f"{self.path} is no {what}: {said:.300}") from error
 
 
-def whole(value: Tensor) -> Held:
-    """A tensor that has all of a parameter."""
-    return Place(0, value.numel(), max(1, value.numel())), lambda rank: value.reshape(-1)
+def whole(value: Tensor, check: Callable[[Tensor], Tensor] = lambda value: value) -> Held:
+    """A tensor that has all of a parameter, checked when it is asked for."""
+    return Place(0, value.numel(), max(1, value.numel())), lambda rank: check(value).reshape(-1)

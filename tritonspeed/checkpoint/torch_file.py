@@ -13,7 +13,9 @@ file's choosing. DeepSpeed pickles a few classes of its own; ``Standin`` takes t
 from __future__ import annotations
 
 import io
+import mmap
 import pickletools
+import struct
 import threading
 import warnings
 import zipfile
@@ -36,6 +38,7 @@ MOST_LEVELS = 48
 SAMPLED_MEMBERS = 8  # one of so many is checked under "sampled"
 _PROTOCOL = 2
 _BLOCK_BYTES = 8 * 2**20
+_LENGTHS = 26  # where a member's own header has the lengths of its name and of what follows that
 _LOADING = threading.Lock()  # torch's list of safe globals is one for the process
 
 _STORAGES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1}
@@ -88,8 +91,7 @@ class TorchFile:
     Args:
         path: a regular file; links are not followed.
         known: stand-ins for globals that may be named beside torch's own.
-        verify: of the tensors' bytes, before the first is given: the archive's CRC-32 of every member, of a sample,
-            or of none.
+        verify: whether ``check`` compares the archive's CRC-32 of every tensor's storage, of a sample, or of none.
 
     Attributes:
         content: what was saved, in dicts, lists, tuples, sets, numbers, texts, dtypes, tensors and stand-ins.
@@ -100,7 +102,7 @@ class TorchFile:
 
     def __init__(self, path: Path, known: dict[str, type[Standin]] | None = None, verify: Verify = "full") -> None:
         self.path, self.verify = path, verify
-        self._is_checked = verify == "none"
+        self._checked: set[str] = set()
         known = known or {}
         try:
             with opened(path):
@@ -109,28 +111,65 @@ class TorchFile:
             sizes = {member.filename.split("/", 1)[-1]: member.file_size for member in self._members}
             pickled = _read_pickle(path, self._members)
             _check_pickle(pickled, path, known, sizes)
-            self.content = _Copier(path, FEW_VALUES + MENTIONS * len(pickled)).copy(_load(path, known), 0)
+            copier = _Copier(path, FEW_VALUES + MENTIONS * len(pickled))
+            self.content = copier.copy(_load(path, known), 0)
+            self._places = _places(path, self._members, copier.storages)
         except CheckpointError:
             raise
         except Exception as error:  # whatever torch, zipfile and pickletools make of a damaged file
             raise CorruptCheckpoint(f"{path} is damaged: {_said(error)}") from error
 
-    def check(self) -> None:
-        """Compare the bytes of the tensors with their CRC-32s, once.
+    def check(self, value: Tensor) -> Tensor:
+        """Compare the bytes of a tensor's storage with their CRC-32, once, and give it back.
+
+        Args:
+            value: of ``content``.
 
         Raises:
-            CorruptCheckpoint: a member is not what was written.
+            CorruptCheckpoint: they are not what was written.
         """
-        if self._is_checked:
-            return
-        step = SAMPLED_MEMBERS if self.verify == "sampled" else 1
+        place = self._places.get(value.untyped_storage().data_ptr())
+        wanted = self._members if place is None else [self._members[place]]
+        if self.verify == "sampled":
+            wanted = [member for member in wanted if self._members.index(member) % SAMPLED_MEMBERS == 0]
+        if self.verify == "none" or not value.numel():
+            return value
         try:
             with zipfile.ZipFile(self.path) as archive:
-                for member in self._members[::step]:
-                    _pass_over(archive, member)
+                for member in wanted:
+                    if member.filename not in self._checked:
+                        _pass_over(archive, member)
+                        self._checked.add(member.filename)
         except Exception as error:
             raise CorruptCheckpoint(f"{self.path} is damaged: {_said(error)}") from error
-        self._is_checked = True
+        return value
+
+
+def _places(path: Path, members: list[zipfile.ZipInfo], storages: dict[int, int]) -> dict[int, int]:
+    """Storage's address → the number of its member; empty where that cannot be told.
+
+    The file is mapped as one run of pages, so addresses differ as places in the file do.
+
+    Args:
+        storages: address → bytes.
+    """
+    if not storages:
+        return {}
+    begins: dict[int, int] = {}
+    with open(path, "rb") as stream:
+        for i, member in enumerate(members):
+            stream.seek(member.header_offset + _LENGTHS)
+            name_bytes, extra_bytes = struct.unpack("<HH", stream.read(4))
+            begins[member.header_offset + _LENGTHS + 4 + name_bytes + extra_bytes] = i
+    first = min(storages)
+    for begin in begins:
+        base = first - begin
+        if base % mmap.PAGESIZE:
+            continue
+        found = {address: begins.get(address - base) for address in storages}
+        if all(i is not None and members[i].file_size == storages[address] for address, i in found.items()):
+            return {address: i for address, i in found.items() if i is not None}
+    return {}
 
 
 def _said(error: BaseException) -> str:
@@ -242,6 +281,7 @@ class _Copier:
 
     def __init__(self, path: Path, most: int) -> None:
         self.path, self.left = path, most
+        self.storages: dict[int, int] = {}
 
     def copy(self, value: Any, level: int) -> Any:
         self.left -= 1
@@ -284,6 +324,8 @@ class _Copier:
             raise CorruptCheckpoint(
                 f"{self.path} has a tensor {tuple(plain.shape)} that is not so many values in memory"
             )
+        if plain.numel():
+            self.storages[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
         return plain
 
 

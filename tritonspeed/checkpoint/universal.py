@@ -73,8 +73,8 @@ class UniversalCheckpoint(HeldSource):
             self._folders = _folders(self.path / ZERO)
             files = _model_files(self.path)
             self._models = {0: self._open_model(files[0])}
-            model = self._models[0]
-            self.buffers = model.buffers
+            file, model = self._models[0]
+            self.buffers = {name: file.check(value) for name, value in model.buffers.items()}
             state = dict(items(TorchFile(self.path / ZERO / STATE, KNOWN, verify).content))
             self._read_trained(model, state)
             self._read_frozen(model, files)
@@ -89,10 +89,9 @@ class UniversalCheckpoint(HeldSource):
         """Let go of files; one stays mapped as long as a tensor that was read from it is held."""
         self._opened.clear()
 
-    def _open_model(self, path: Path) -> ModelState:
+    def _open_model(self, path: Path) -> tuple[TorchFile, ModelState]:
         file = TorchFile(path, KNOWN, self._verify)
-        file.check()
-        return read_model_state(file.content)
+        return file, read_model_state(file.content)
 
     def _read_trained(self, model: ModelState, state: dict[str, Any]) -> None:
         common = _common_numbers(state)
@@ -121,7 +120,7 @@ class UniversalCheckpoint(HeldSource):
         for name, weight in model.weights.items():
             if name not in known and weight.numel():
                 self.parameters[name] = model.parameter(name, tuple(weight.shape), False)
-                self.held[name] = {PARAMETERS: whole(weight)}
+                self.held[name] = {PARAMETERS: whole(weight, self._models[0][0].check)}
         for name in sorted(set(self._folders) - known - set(self.parameters)):
             value = self._value(name, FP32)
             self.parameters[name] = replace(model.parameter(name, tuple(value.shape), False), dtype=value.dtype)
@@ -132,10 +131,11 @@ class UniversalCheckpoint(HeldSource):
             with self._lock, self.naming("universal checkpoint of DeepSpeed"):
                 if rank not in self._models:
                     self._models[rank] = self._open_model(files[rank])
-                value = self._models[rank].fragments.get(name)
+                file, model = self._models[rank]
+            value = model.fragments.get(name)
             if value is None or value.numel() != share:
                 raise CorruptCheckpoint(f"{files[rank]} has no share of {share} elements of {name!r}")
-            return value.reshape(-1)
+            return file.check(value).reshape(-1)
 
         return of_rank
 
@@ -168,8 +168,11 @@ class UniversalCheckpoint(HeldSource):
 
     def _load(self, name: str, kind: str) -> Any:
         file = TorchFile(self.path / ZERO / name / f"{kind}{_SUFFIX}", KNOWN, self._verify)
-        file.check()
-        return file.content
+        content = file.content
+        for value in content.values() if isinstance(content, dict) else (content,):
+            if isinstance(value, Tensor):
+                file.check(value)
+        return content
 
 
 def _folders(path: Path) -> dict[str, frozenset[str]]:
