@@ -45,6 +45,7 @@ from tritonspeed.offload.page_file import free_bytes
 REASON_BYTES = 8192  # set aside by every rank beforehand: the reason may be a full disk
 MOST_REASON_CHARS = 1000  # of a text that takes up to six bytes of JSON each, beside two names
 MOST_PAUSE_S = 0.02
+EAGER_RANKS = 16  # more than these ask less often, so that all together ask a shared file system no more
 FAREWELL_S = 30.0  # how long rank 0 leaves the reason of a failure for others to read
 SETTLE_S = 2.0  # a shared folder may show what another host did a little later
 _log = logging.getLogger("tritonspeed")
@@ -180,7 +181,7 @@ class Commit:
                     reasons[rank] = json.loads(content)
             return len(digests.keys() | reasons.keys()) == self.world
 
-        if not poll(answered, self.timeout_s):
+        if not poll(answered, self.timeout_s, self.world):
             for rank in set(range(self.world)) - digests.keys() - reasons.keys():
                 reasons[rank] = f"was not heard of for {self.timeout_s:g} s after rank 0 had done its part"
         return [digests.get(rank, "") for rank in range(self.world)], reasons
@@ -202,10 +203,9 @@ class Commit:
             sync_folder(self.hidden)
             old = publish(self.folder, self.hidden, self.tag, self.save_id)
             self._in_place = True
-            sync_folder(self.folder)
             if publication.set_latest:
                 os.rename(latest, self.folder / LATEST)
-                sync_folder(self.folder)
+            sync_folder(self.folder)
         except BaseException:
             with suppress(OSError):
                 latest.unlink()
@@ -261,7 +261,7 @@ class Commit:
                     verdict.append(self._not_known("rank 0 is gone"))
             return bool(verdict)
 
-        if not poll(concluded, 2 * self.timeout_s):  # rank 0 may have waited for a third one
+        if not poll(concluded, 2 * self.timeout_s, self.world):  # rank 0 may have waited for a third one
             verdict.append(self._not_known(self._who_is_missing()))
         if not verdict[0]:
             return self.folder / self.tag
@@ -313,12 +313,13 @@ def _read(path: Path, num_bytes: int = -1) -> bytes | None:
         return None
 
 
-def poll(is_done: Callable[[], bool], timeout_s: float) -> bool:
+def poll(is_done: Callable[[], bool], timeout_s: float, num_ranks: int = 1) -> bool:
     """Ask again and again, in growing pauses; whether it came true in time."""
     pause_s, until = 0.0005, time.monotonic() + timeout_s
+    most_pause_s = MOST_PAUSE_S * max(1.0, num_ranks / EAGER_RANKS)
     while not is_done():
         if time.monotonic() > until:
             return False
         time.sleep(pause_s)
-        pause_s = min(1.5 * pause_s, MOST_PAUSE_S)
+        pause_s = min(1.5 * pause_s, most_pause_s)
     return True

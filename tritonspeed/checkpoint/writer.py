@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tritonspeed.checkpoint.folder import sync_folder
 from tritonspeed.checkpoint.manifest import FileRecord, Interval
 from tritonspeed.checkpoint.record import Record
 from tritonspeed.checkpoint.source import ParameterFacts
@@ -94,7 +94,7 @@ class Writer:
         self._own = threading.local()
 
     def write(self, folder: Path, records: Sequence[Record], parameters: Mapping[str, ParameterFacts]) -> Written:
-        """Write files into ``folder``, until the disk has them and their names; held slots are placed there.
+        """Write files into ``folder``, until the disk has them; held slots are placed there. It is not synced itself.
 
         Raises:
             OSError: the disk is full, with needed and free bytes; or another reason of the system's.
@@ -104,7 +104,6 @@ class Writer:
         digests = self._place(folder, held)
         for first in range(0, len(rest), MOST_OPEN_FILES):
             digests.update(self._write_some(folder, rest[first : first + MOST_OPEN_FILES], begins))
-        sync_folder(folder)
         numbers: dict[tuple[Interval, ...], int] = {}
         files = []
         for record in records:
@@ -181,7 +180,11 @@ class Writer:
         if self._own.__dict__.get("device") != device:
             self._own.device = device
             self._own.stage = host_empty(RUN_BYTES, torch.uint8, pin=device != "cpu")
-        return self._own.stage[: values.nbytes].view(values.dtype).copy_(values)
+        staged = self._own.stage[: values.nbytes]
+        if device == "cpu":  # torch's copy would wake its own threads in each of ours
+            np.copyto(staged.numpy(), values.view(torch.uint8).numpy())
+            return staged.view(values.dtype)
+        return staged.view(values.dtype).copy_(values)
 
 
 def _create(folder: Path, records: Sequence[Record]) -> dict[str, int]:
