@@ -26,6 +26,7 @@ from bench.systems.launch import MARK, ROOT, RunFailed, environment
 
 SYSTEMS = {
     "ours": ["ours", "ours async"],
+    "ours-disk": ["ours, disk tier (links)"],
     "torch": ["torch.save", "safetensors save_file", "torch DCP", "torch DCP async"],
     "deepspeed": ["DeepSpeed"],
 }

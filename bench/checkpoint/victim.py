@@ -137,7 +137,7 @@ def trials(group: str, system: str, size: Size, folder: Path, kills: int) -> dic
         verdict, value = trial.kill(value, 1.1 * dice.random())
         counts[verdict] += 1
         if verdict == "unloadable":
-            said = trial.said.read_text().strip().splitlines()[-1][:200]
+            said = trial.said.read_text().strip().splitlines()[-1][:100]
     shutil.rmtree(folder)
     return {"system": system, "kills": kills, **counts, "said": said.replace(str(folder), "FOLDER")}
 

@@ -22,6 +22,7 @@ from tritonspeed.zero.tile import Tile
 
 Names = set[str]  # of parameters
 _CODE = "_code"  # what AdamW calls the codes of a moment in 8 bits
+PART_ELEMS = 4 * 2**20  # read at once: 16 MiB of fp32
 
 
 class ShardedStates:
@@ -146,10 +147,11 @@ class ShardedStates:
                     here = [key for key, names in keys.items() if any(p.span.name in names for p in pieces)]
                     # what has a file keeps it: a state that is no more is one of zeros
                     kept = [key.removesuffix(_CODE) for key in before if key in tile.kinds]
+                    del before  # memory: the old tensors go before the new ones come
                     if here or kept:
                         self._make(chunk, [*here, *kept], [numbers.get(p.span.name, {}) for p in pieces])
                     for key in here:
-                        self._put(chunk, key, _joined(chunk, keys[key], key, read))
+                        self._put(chunk, key, keys[key], read)
 
     def _make(self, chunk: Chunk, keys: list[str], numbers: list[Mapping[str, float]]) -> None:
         """The state of a chunk as before its first step, and its numbers: the highest, where its parameters differ."""
@@ -168,12 +170,16 @@ class ShardedStates:
         """Whether torch's optimizers want their step counts beside the parameters."""
         return any(group.get("fused") or group.get("capturable") for group in self.inner.param_groups)
 
-    def _put(self, chunk: Chunk, key: str, values: Tensor) -> None:
-        if isinstance(self.inner, AdamW):
-            if self.inner.state_values(chunk.master, key, chunk.start) is not None:
-                self.inner.set_state_values_(chunk.master, key, chunk.start, 0, values.to(chunk.master.device))
-        elif key in self.inner.state[chunk.master]:
-            self.inner.state[chunk.master][key].view(-1).copy_(values)
+    def _put(self, chunk: Chunk, key: str, names: Names, read: Callable[[str, Span, int, int], Tensor]) -> None:
+        """Values of the parameters ``names`` into a chunk's tensor, which is zeros."""
+        state = self.inner.state[chunk.master]
+        if f"{key}{_CODE}" in state:  # a block of 8 bits may hold several parameters: all of them at once
+            values = torch.zeros(chunk.end - chunk.start)
+            _fill(values, chunk, names, key, read)
+            assert isinstance(self.inner, AdamW), "no other keeps codes"
+            self.inner.set_state_values_(chunk.master, key, chunk.start, 0, values.to(chunk.master.device))
+        elif isinstance(state.get(key), Tensor):
+            _fill(state[key].view(-1), chunk, names, key, read)
 
     def bytes_of(self, bucket: Bucket) -> int:
         """Bytes in memory of one bucket's tensors on this rank."""
@@ -209,14 +215,17 @@ class ShardedStates:
             yield from tiles
 
 
-def _joined(chunk: Chunk, names: Container[str], key: str, read: Callable[[str, Span, int, int], Tensor]) -> Tensor:
-    """The values of a chunk, zero where there are none."""
-    wide = torch.promote_types(chunk.master.dtype, torch.float32)
-    values = torch.zeros(chunk.end - chunk.start, dtype=wide)
+def _fill(
+    values: Tensor, chunk: Chunk, names: Container[str], key: str, read: Callable[[str, Span, int, int], Tensor]
+) -> None:
+    """Read a chunk's parameters into ``values``, (chunk,), part by part; those not in ``names`` stay as they are."""
     for p in chunk.pieces():
-        if p.span.name in names:
-            values[p.in_interval : p.in_interval + p.numel].copy_(read(key, p.span, p.in_span, p.in_span + p.numel))
-    return values
+        if p.span.name not in names:
+            continue
+        for start in range(0, p.numel, PART_ELEMS):
+            end = min(start + PART_ELEMS, p.numel)
+            part = read(key, p.span, p.in_span + start, p.in_span + end)
+            values[p.in_interval + start : p.in_interval + end].copy_(part)
 
 
 def _is_number(value: Any) -> bool:
