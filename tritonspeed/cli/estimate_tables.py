@@ -37,7 +37,7 @@ def print_report(report: Report, top: int) -> None:
     console.print(_head(report))
     console.print(_memory(report.forecast, report.machine))
     console.print(_links(report.forecast, report.machine))
-    console.print(_verdict(report.forecast))
+    console.print(_verdict(report.forecast, report.machine))
     if report.machine.how:
         console.print(_measured(report.machine))
     console.print(_ranking(report.settings, report.machine, top))
@@ -154,7 +154,7 @@ def _links(forecast: Forecast, machine: Machine) -> Table:
     return table
 
 
-def _verdict(forecast: Forecast) -> Group:
+def _verdict(forecast: Forecast, machine: Machine) -> Group:
     step, work = forecast.step, forecast.work
     assert step is not None, "a report has a machine"
     phases = " · ".join(f"{name} {spell_seconds(s)}" for name, s in step.phase_seconds.items())
@@ -173,6 +173,14 @@ def _verdict(forecast: Forecast) -> Group:
         lines.append(Text.assemble("offload is hidden from ", enough, f" per rank and step on (T*): {so}"))
     elif work.offloaded:
         lines.append(Text("offload is not hidden: the optimizer runs under the next forward only at stage 3"))
+    seconds = work.ranks_per_node * forecast.snapshot_bytes / machine.disk_write_bytes_per_s
+    lines.append(
+        Text.assemble(
+            f"a checkpoint is {spell_bytes(forecast.checkpoint_bytes)}: at least ",
+            (spell_seconds(seconds), "bold"),
+            f" to the nodes' disks; in the background, {spell_bytes(forecast.snapshot_bytes)} of host memory a rank",
+        )
+    )
     return Group(*lines, Text(""))
 
 

@@ -39,6 +39,7 @@ from tritonspeed.estimation.activations import Activations, measure_activations
 from tritonspeed.estimation.paper import PaperBucket, PaperGroup
 from tritonspeed.estimation.paper_ledger import PaperLedger
 from tritonspeed.estimation.paper_tiers import PaperHomes, States
+from tritonspeed.estimation.saved import saved_bytes
 from tritonspeed.estimation.walk import Walk, build
 from tritonspeed.kernels.host_step import will_compile
 from tritonspeed.offload import Offload
@@ -80,6 +81,8 @@ class Estimate:
         framework_bytes: what this process has resident now, without the model.
         resident_bytes: bound on what a process whose rank computes on the CPU has resident, ever; without activations
             where they are None. 0 on other devices.
+        checkpoint_bytes: of a checkpoint, all ranks', without headers.
+        snapshot_bytes: of them, at most one rank's: what a save in the background copies to host memory.
     """
 
     stage: int
@@ -94,6 +97,8 @@ class Estimate:
     activation_bytes: int | None = None
     framework_bytes: int = field(default=0, compare=False)
     resident_bytes: int = field(default=0, compare=False)
+    checkpoint_bytes: int = 0
+    snapshot_bytes: int = 0
 
     @property
     def total_rest_bytes(self) -> int:
@@ -118,6 +123,11 @@ class Estimate:
             lines.append(f"disk: {_mib(self.disk_bytes)}")
         if self.activation_bytes is not None:
             lines.append(f"activations: {_mib(self.activation_bytes)}")
+        if self.checkpoint_bytes:
+            lines.append(
+                f"a checkpoint: {_mib(self.checkpoint_bytes)}; saved in the background, {_mib(self.snapshot_bytes)} of"
+                " host memory on each rank meanwhile"
+            )
         if self.resident_bytes:
             without = "" if self.activation_bytes is not None else ", activations not counted"
             lines.append(
@@ -188,6 +198,12 @@ def estimate(
         None if found is None else found.peak_bytes,
         framework,
         _bound(framework + compiler, building, ledger.together, found, world_size) if device == "cpu" else 0,
+        *saved_bytes(
+            [plan for unit in plans for plan in unit],
+            _num_moments(resolved),
+            torch.bfloat16.itemsize if _state_kind(resolved) == "bf16" else torch.float32.itemsize,
+            rounds_at_random,
+        ),
     )
 
 
