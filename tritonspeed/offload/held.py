@@ -50,7 +50,7 @@ class Held:
     _name: Path | None = None  # the second one, where the file system has them
 
     def __init__(self, file: DirectFile, contents: PageFile, runs: Runs, pool: Pool) -> None:
-        self.contents, self._pool, self._source = contents, pool, file
+        self.contents, self._pool, self._source, self._process = contents, pool, file, os.getpid()
         self._opening, self._is_durable = threading.Lock(), not file.is_dirty
         self._runs = Runs([*runs])
         for lo, hi in runs.gaps(0, contents.flat_bytes):
@@ -124,7 +124,7 @@ class Held:
             self._file = None
 
     def __del__(self) -> None:
-        if hasattr(self, "_source"):
+        if hasattr(self, "_source") and self._process == os.getpid():  # not a forked child, that of a data loader
             self.release()
 
     def _link(self, path: Path) -> bool:
