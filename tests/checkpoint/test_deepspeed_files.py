@@ -186,6 +186,27 @@ def test_parallelism_that_is_not_read_is_named(copied: Any, file: str, said: str
         DeepSpeedCheckpoint(path)
 
 
+def test_models_of_two_runs_in_one_tag(made: Path, copied: Any):
+    path = copied("stage3-bf16")
+    shutil.copy(Made(made / "stage1-bf16").path / "mp_rank_00_model_states.pt", path)
+    with pytest.raises(CorruptCheckpoint, match="of two runs"):
+        DeepSpeedCheckpoint(path)
+
+
+def test_a_rank_of_a_number_beyond_all(copied: Any):
+    path = copied("stage1-bf16")
+    name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (path / name).rename(path / name.replace("rank_1_", "rank_9999999_"))
+    with pytest.raises(CorruptCheckpoint, match=r"9,999,998 ranks are missing, such as zero_pp_rank_1_"):
+        DeepSpeedCheckpoint(path)
+
+
+def test_no_folder_at_all(tmp_path: Path):
+    for kind in (DeepSpeedCheckpoint, UniversalCheckpoint):
+        with pytest.raises(CorruptCheckpoint, match="nowhere"):
+            kind(tmp_path / "nowhere")
+
+
 def test_files_of_two_runs_in_one_tag(copied: Any):
     path = copied("stage1-bf16")
     for file in list(path.glob("bf16_*")):
@@ -203,6 +224,8 @@ def test_files_of_two_runs_in_one_tag(copied: Any):
         ("module", None, MismatchedCheckpoint, "files of their own"),
         ("dp_world_size", 3, CorruptCheckpoint, "zero_pp_rank_2_mp_rank_00_optim_states"),
         ("dp_world_size", -1, CorruptCheckpoint, "dp_world_size is -1"),
+        ("dp_world_size", 2**40, CorruptCheckpoint, "dp_world_size is 1099511627776"),
+        ("dp_world_size", 2**20, CorruptCheckpoint, "1,048,574 ranks are missing, such as zero_pp_rank_2_"),
         ("global_steps", 3.5, CorruptCheckpoint, "global_steps is 3.5"),
         ("param_shapes", [{"a": torch.Size([2, 2**60])}], CorruptCheckpoint, "elements of 'a'|size of 'a'"),
         ("param_shapes", [{"a": (-3, 4)}], CorruptCheckpoint, "a size of 'a' is -3"),

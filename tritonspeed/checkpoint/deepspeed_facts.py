@@ -22,6 +22,7 @@ from tritonspeed.checkpoint.errors import MismatchedCheckpoint
 from tritonspeed.checkpoint.source import ParameterFacts, RunFacts
 from tritonspeed.checkpoint.torch_file import Standin, standins
 
+MOST_RANKS = 2**20
 _SCALERS = ("LossScaler", "DynamicLossScaler")
 KNOWN = standins(
     *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in _SCALERS),
@@ -170,7 +171,7 @@ def _run_facts(said: dict[str, Any]) -> RunFacts:
         global_samples=count("global_samples"),
         micro_steps=count("global_steps") * (accumulation or 1),
         skipped_steps=count("skipped_steps"),
-        world=count("dp_world_size", 1),
+        world=checked_count(said.get("dp_world_size") or 1, "dp_world_size", 1, MOST_RANKS),
         accumulation=accumulation or 1,
         micro_batch=micro_batch,
         optimizer=name if isinstance(name, str) else None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from tritonspeed.checkpoint.data_file import Verify
 from tritonspeed.checkpoint.deepspeed_facts import (
     KNOWN,
+    MOST_RANKS,
     ModelState,
     numel_of,
     read_model_state,
@@ -48,7 +50,6 @@ from tritonspeed.zero.tensor_files import some_names
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,7})_)?mp_rank_(\d{2,4})_model_states\.pt")
 _OPTIMIZER = re.compile(r"((?:bf16_|fp16_)?)zero_pp_rank_(\d{1,7})_mp_rank_(\d{2,4})_?optim_states\.pt")
 _SHARDED, _FLAT, _STATE = "fp32_flat_groups", "single_partition_of_fp32_groups", "optimizer_state_dict"
-MOST_RANKS = 2**20
 _UNUSED = {"lion": "exp_avg_sq"}  # zeros that DeepSpeed's Lion for CPUs keeps and never touches
 
 
@@ -226,7 +227,7 @@ def list_files(path: Path) -> Files:
         CorruptCheckpoint: some are missing: says which.
         MismatchedCheckpoint: they are of a kind of parallelism that is not read.
     """
-    found, prefixes = Files(), set()
+    found, prefixes, whole_models, num_models = Files(), set(), 0, 0
     for each in sorted(path.iterdir()):
         name = each.name
         if "expert" in name or name.startswith("expp_rank"):
@@ -243,23 +244,26 @@ def list_files(path: Path) -> Files:
         if part:
             raise MismatchedCheckpoint(f"{name} is of tensor-parallel training, part {part}: not read here")
         if model:
+            num_models += 1
+            whole_models += model[1] is None
             found.model[int(model[1] or 0)] = each
         elif optimizer:
             prefixes.add(optimizer[1])
             found.optimizer[int(optimizer[2])] = each
     if not found.model or 0 not in found.model:
         raise CorruptCheckpoint("it has no model_states.pt of rank 0")
-    if len(prefixes) > 1:
-        raise CorruptCheckpoint("it has *_optim_states.pt of two runs, bf16 and not: which one is meant cannot be told")
-    _check_ranks(found.optimizer, len(found.optimizer))
+    if len(prefixes) > 1 or 0 < whole_models < num_models:
+        raise CorruptCheckpoint("it has files of two runs, of stage 3 and not, or of bf16 and not: save to another tag")
+    _check_ranks(found.optimizer, 0)
     return found
 
 
 def _check_ranks(files: dict[int, Path], world: int) -> None:
-    missing = sorted(set(range(max([*files, world - 1], default=-1) + 1)) - set(files))
-    if missing:
-        names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in missing[:1000]]
-        raise CorruptCheckpoint(f"files of {len(missing)} ranks are missing: {some_names(names)}")
+    last = max([*files, world - 1])
+    if len(files) <= last:
+        missing = (rank for rank in range(last + 1) if rank not in files)
+        names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in islice(missing, 3)]
+        raise CorruptCheckpoint(f"files of {last + 1 - len(files):,} ranks are missing, such as {', '.join(names)}")
 
 
 def _check_world(said: dict[str, Any], world: int, num_files: int, files: Files, is_sharded: bool) -> None:

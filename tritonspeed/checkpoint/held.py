@@ -76,7 +76,7 @@ class HeldSource:
             if str(self.path) in str(error):
                 raise
             raise type(error)(f"{self.path}: {error}") from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, OSError) as error:
             said = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
             raise CorruptCheckpoint(f"{self.path} is no {what}: {said:.300}") from error
 
