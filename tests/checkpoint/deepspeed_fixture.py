@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tritonspeed.checkpoint import Source
-from tritonspeed.checkpoint.deepspeed_files import DeepSpeedCheckpoint
-from tritonspeed.checkpoint.universal import UniversalCheckpoint
+from tritonspeed.checkpoint.deepspeed.files import DeepSpeedCheckpoint
+from tritonspeed.checkpoint.deepspeed.universal import UniversalCheckpoint
 
 ARCHIVE = Path(__file__).parent / "fixtures/deepspeed/checkpoints.tar.xz"
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from bench.peers.deepspeed_checkpoints import PACKED, STEPS, groups
 from bench.peers.deepspeed_checkpoints import Tiny as TinyModel
 from tritonspeed.checkpoint import CorruptCheckpoint, MismatchedCheckpoint, Source
-from tritonspeed.checkpoint.deepspeed_files import DeepSpeedCheckpoint
-from tritonspeed.checkpoint.deepspeed_layout import Layout, flat_layout, sharded_layout
-from tritonspeed.checkpoint.universal import UniversalCheckpoint, write_universal
+from tritonspeed.checkpoint.deepspeed.files import DeepSpeedCheckpoint
+from tritonspeed.checkpoint.deepspeed.layout import Layout, flat_layout, sharded_layout
+from tritonspeed.checkpoint.deepspeed.universal import UniversalCheckpoint, write_universal
 
 TWICE = ["stage0-bf16"]  # DeepSpeed's stage 0 takes one step with zero gradients before the first
 

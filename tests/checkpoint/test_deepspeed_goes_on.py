@@ -20,7 +20,7 @@ from deepspeed_fixture import Made, unpack
 import tritonspeed as ts
 from bench.peers import deepspeed_checkpoints as peer
 from tritonspeed.checkpoint.convert import convert
-from tritonspeed.checkpoint.universal import write_universal
+from tritonspeed.checkpoint.deepspeed.universal import write_universal
 
 PEER = os.environ.get("TRITONSPEED_PEER_PYTHON")
 needs_peer = pytest.mark.skipif(not PEER, reason="TRITONSPEED_PEER_PYTHON names no python that has DeepSpeed")

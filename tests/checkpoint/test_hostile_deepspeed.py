@@ -22,10 +22,10 @@ from deepspeed_fixture import Made, unpack
 from hostile import Watch, mutate
 
 from tritonspeed.checkpoint import CheckpointError, CorruptCheckpoint, ParameterFacts, RunFacts
-from tritonspeed.checkpoint.deepspeed_facts import KNOWN
-from tritonspeed.checkpoint.deepspeed_files import DeepSpeedCheckpoint
-from tritonspeed.checkpoint.torch_file import Standin, TorchFile
-from tritonspeed.checkpoint.universal import UniversalCheckpoint, write_universal
+from tritonspeed.checkpoint.deepspeed.facts import KNOWN
+from tritonspeed.checkpoint.deepspeed.files import DeepSpeedCheckpoint
+from tritonspeed.checkpoint.deepspeed.torch_file import Standin, TorchFile
+from tritonspeed.checkpoint.deepspeed.universal import UniversalCheckpoint, write_universal
 
 WATCH = Watch()
 pytestmark = pytest.mark.filterwarnings(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from tritonspeed.checkpoint.deepspeed.universal import LATEST
 from tritonspeed.checkpoint.errors import CheckpointError
 from tritonspeed.checkpoint.folder import check_tag, committed, find, latest_tag
 from tritonspeed.checkpoint.manifest import MANIFEST
 from tritonspeed.checkpoint.opening import DEEPSPEED, PLAIN, UNIVERSAL, kind_of, latest_universal
-from tritonspeed.checkpoint.universal import LATEST
 
 log = logging.getLogger("tritonspeed")
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tritonspeed.checkpoint.deepspeed.universal import write_universal
 from tritonspeed.checkpoint.folder import sync_folder
 from tritonspeed.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, ModelFolder, weights_kind
 from tritonspeed.checkpoint.model_folder import NAME as MODEL
@@ -28,7 +29,6 @@ from tritonspeed.checkpoint.opening import NAMES, OURS, PLAIN, UNIVERSAL, kind_o
 from tritonspeed.checkpoint.record import GRADIENT, MASTER, OUTBOX, PARAMETERS, Record
 from tritonspeed.checkpoint.save import Job, Saver
 from tritonspeed.checkpoint.source import ParameterFacts, Source
-from tritonspeed.checkpoint.universal import write_universal
 from tritonspeed.checkpoint.weights_file import MAX_SHARD_BYTES
 from tritonspeed.comm import Mesh
 from tritonspeed.offload.heap import give_back_freed_blocks

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tritonspeed.checkpoint.data_file import Verify
-from tritonspeed.checkpoint.deepspeed_files import DeepSpeedCheckpoint
+from tritonspeed.checkpoint.deepspeed.files import DeepSpeedCheckpoint
+from tritonspeed.checkpoint.deepspeed.universal import LATEST, UniversalCheckpoint
 from tritonspeed.checkpoint.errors import CorruptCheckpoint
 from tritonspeed.checkpoint.folder import check_tag, committed, find, latest_tag
 from tritonspeed.checkpoint.manifest import MANIFEST
 from tritonspeed.checkpoint.plain import PlainWeights
 from tritonspeed.checkpoint.source import Source
 from tritonspeed.checkpoint.stored import StoredCheckpoint
-from tritonspeed.checkpoint.universal import LATEST, UniversalCheckpoint
 from tritonspeed.zero.tensor_files import INDEX, SINGLE, some_names
 
 OURS, DEEPSPEED, UNIVERSAL, PLAIN = "tritonspeed", "deepspeed", "universal", "huggingface"

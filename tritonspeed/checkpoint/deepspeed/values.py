@@ -1,4 +1,4 @@
-"""What sources over other programs' files have in common: values by parameter and kind, each at its place."""
+"""What the sources here have in common: values by parameter and kind, each at its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonspeed.checkpoint.deepspeed_layout import Place
+from tritonspeed.checkpoint.deepspeed.layout import Place
 from tritonspeed.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from tritonspeed.checkpoint.source import ParameterFacts, RunFacts
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonspeed.checkpoint.deepspeed_layout import (
+from tritonspeed.checkpoint.deepspeed.layout import (
     Shapes,
     checked_count,
     checked_name,
@@ -18,9 +18,9 @@ from tritonspeed.checkpoint.deepspeed_layout import (
     items,
     read_shapes,
 )
+from tritonspeed.checkpoint.deepspeed.torch_file import Standin, standins
 from tritonspeed.checkpoint.errors import MismatchedCheckpoint
 from tritonspeed.checkpoint.source import ParameterFacts, RunFacts
-from tritonspeed.checkpoint.torch_file import Standin, standins
 
 MOST_RANKS = 2**20
 _SCALERS = ("LossScaler", "DynamicLossScaler")

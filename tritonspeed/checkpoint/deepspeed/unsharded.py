@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonspeed.checkpoint.deepspeed_facts import ModelState, scalars_in, settings_of, tensors_in
-from tritonspeed.checkpoint.deepspeed_layout import Place, items
+from tritonspeed.checkpoint.deepspeed.facts import ModelState, scalars_in, settings_of, tensors_in
+from tritonspeed.checkpoint.deepspeed.layout import Place, items
+from tritonspeed.checkpoint.deepspeed.values import Held, whole
 from tritonspeed.checkpoint.errors import MismatchedCheckpoint
-from tritonspeed.checkpoint.held import Held, whole
 from tritonspeed.checkpoint.record import MASTER
 
 Check = Callable[[Tensor], Tensor]

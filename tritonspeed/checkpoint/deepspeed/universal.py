@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed.checkpoint.data_file import Verify
-from tritonspeed.checkpoint.deepspeed_facts import (
+from tritonspeed.checkpoint.deepspeed.facts import (
     KNOWN,
     OWN_KEYS,
     ModelState,
@@ -34,14 +34,14 @@ from tritonspeed.checkpoint.deepspeed_facts import (
     scalars_in,
     settings_of,
 )
-from tritonspeed.checkpoint.deepspeed_layout import Place, items, shared_place
+from tritonspeed.checkpoint.deepspeed.layout import Place, items, shared_place
+from tritonspeed.checkpoint.deepspeed.torch_file import TorchFile
+from tritonspeed.checkpoint.deepspeed.values import Held, HeldSource, whole
 from tritonspeed.checkpoint.errors import CorruptCheckpoint, MismatchedCheckpoint
 from tritonspeed.checkpoint.folder import sync_folder
-from tritonspeed.checkpoint.held import Held, HeldSource, whole
 from tritonspeed.checkpoint.manifest import plain_name
 from tritonspeed.checkpoint.record import GRADIENT, MASTER, OUTBOX, PARAMETERS
 from tritonspeed.checkpoint.source import Source
-from tritonspeed.checkpoint.torch_file import TorchFile
 from tritonspeed.zero.tensor_files import some_names
 
 ZERO, STATE, FP32 = "zero", "optimizer_state.pt", "fp32"

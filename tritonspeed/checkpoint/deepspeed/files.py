@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from tritonspeed.checkpoint.data_file import Verify
-from tritonspeed.checkpoint.deepspeed_facts import (
+from tritonspeed.checkpoint.deepspeed.facts import (
     KNOWN,
     MOST_RANKS,
     ModelState,
@@ -31,7 +31,7 @@ from tritonspeed.checkpoint.deepspeed_facts import (
     settings_of,
     tensors_in,
 )
-from tritonspeed.checkpoint.deepspeed_layout import (
+from tritonspeed.checkpoint.deepspeed.layout import (
     Layout,
     Place,
     checked_count,
@@ -40,11 +40,11 @@ from tritonspeed.checkpoint.deepspeed_layout import (
     sharded_layout,
     shared_place,
 )
-from tritonspeed.checkpoint.deepspeed_unsharded import read_unsharded
+from tritonspeed.checkpoint.deepspeed.torch_file import TorchFile
+from tritonspeed.checkpoint.deepspeed.unsharded import read_unsharded
+from tritonspeed.checkpoint.deepspeed.values import HeldSource, whole
 from tritonspeed.checkpoint.errors import CorruptCheckpoint, MismatchedCheckpoint
-from tritonspeed.checkpoint.held import HeldSource, whole
 from tritonspeed.checkpoint.record import MASTER, PARAMETERS
-from tritonspeed.checkpoint.torch_file import TorchFile
 from tritonspeed.zero.tensor_files import some_names
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,7})_)?mp_rank_(\d{2,4})_model_states\.pt")
