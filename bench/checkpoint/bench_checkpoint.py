@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -179,17 +180,27 @@ def turn(group: Group, system: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def measured(groups: list[Group], path: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """System → its turns, in rounds that begin with another one each time; a first round is not counted."""
+def measured(groups: list[Group], path: Path, rounds: int, limit_s: float) -> dict[str, list[dict[str, Any]]]:
+    """System → its turns, in rounds that begin with another one each time; a first round is not counted.
+
+    Args:
+        limit_s: no round begins that would end later, judging by the last; one is always counted.
+    """
     everyone = [(group, system) for group in groups for system in group.systems]
     taken: dict[str, list[dict[str, Any]]] = {system: [] for _, system in everyone}
+    until, took = time.monotonic() + limit_s, 0.0
     for number in range(-1, rounds):
+        start = time.monotonic()
+        if number > 0 and start + took > until:
+            print(f"the time is up: {number} rounds of {rounds}", file=sys.stderr)
+            break
         at = number % len(everyone)
         for group, system in everyone[at:] + everyone[:at]:
             found = turn(group, system, path / "checkpoint")
             if number >= 0:
                 taken[system].append(found)
-        print(f"{len(groups[0].processes)} ranks: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        took = time.monotonic() - start
+        print(f"{len(groups[0].processes)} ranks: round {number + 1}, {took:.0f} s", file=sys.stderr, flush=True)
     return taken
 
 
@@ -250,7 +261,10 @@ def page_of(record: dict[str, Any], rows: list[Row], kills: dict[str, str]) -> s
     lost = record["misses"]
     lines = ["Where a peer is ahead of ours, or a goal is missed: " + ("none" if not lost else "")]
     lines += [f"- {line}" for line in lost]
-    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, {record['state_bytes'] / GIB:.2f} GiB of state."]
+    lines += [
+        "",
+        f"{record['parameters'] / 1e6:.1f} M parameters, {record['state_bytes'] / GIB:.2f} GiB of state; medians.",
+    ]
     lines += [f"{record['machine']}", ""]
     head = ["ranks", "system", "stall s", "durable s", "GiB on disk", "MiB/s", "% of raw", "MiB beyond the state"]
     head += ["load s", "MiB while loading", "syncs by itself", "lost in kills"]
@@ -294,6 +308,7 @@ def main() -> None:
     p.add_argument("--groups", nargs="+", help="of bench/checkpoint/rank.py; default: all that can be had")
     p.add_argument("--worlds", type=int, nargs="+", default=[1, 2])
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--limit-s", type=float, default=300.0, help="rounds stop in time; starting is beside")
     p.add_argument("--blocks", type=int, default=8, help="12.6 M parameters each, at the default width")
     p.add_argument("--width", type=int, default=1024)
     p.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
@@ -308,7 +323,7 @@ def main() -> None:
             pythons = {name: a.peer_python if name == "deepspeed" else sys.executable for name in names}
             with started(pythons, world, size, path) as groups:
                 wait_until_idle()
-                turns[str(world)] = measured(groups, path, a.rounds)
+                turns[str(world)] = measured(groups, path, a.rounds, a.limit_s / len(a.worlds))
             rows += rows_of(world, turns[str(world)])
     finally:
         shutil.rmtree(path, ignore_errors=True)
