@@ -116,6 +116,10 @@ def test_what_is_no_file_of_the_checkpoint_is_not_opened(made, tmp_path):
             assert refused(made)
             made.reset()
         place.unlink()
+        os.mkfifo(place)
+        with pytest.raises(CorruptCheckpoint, match="is no regular file"):
+            verify(made.path)
+        place.unlink()
         os.link(made.good / file, place)  # the disk tier's files are linked
         assert not refused(made)
         made.reset()
@@ -174,6 +178,16 @@ def test_forged_manifests(made, part):
     assert outcomes.count("refused") > 100 and outcomes.count("right") > 10
 
 
+def test_a_shape_that_no_tensor_has(made):
+    content = json.loads((made.good / MANIFEST).read_text())
+    content["parameters"]["scale"]["shape"] = [1] * 65
+    with made.changed(MANIFEST, seal(content)):
+        assert refused(made)
+    content["parameters"]["scale"]["shape"] = [1] * 64
+    with made.changed(MANIFEST, seal(content)):
+        assert handled(made) == "right"
+
+
 def test_a_file_that_is_nothing_but_size(made):
     """A terabyte takes no place on the disk; it must not be asked for in memory."""
     numel, step = 2**38, 2**32
@@ -181,28 +195,42 @@ def test_a_file_that_is_nothing_but_size(made):
     header = header_bytes(file)
     flat = made.path / f"rank-0-of-{WORLD}" / "huge.safetensors"
     flat.write_bytes(header)
+
+    def grow(content, begin):
+        runs = [[lo, lo + step, "0" * 16] for lo in range(0, 4 * numel, step)]
+        content["layouts"].append([["huge", 0, numel, 0]])
+        content["files"].append(
+            {**content["files"][0], "file": flat.name, "bucket": file.bucket, "kind": file.kind, "numel": numel}
+            | {"layout": len(content["layouts"]) - 1, "begin": begin}
+            | {"header": digest_of(header), "digests": runs}
+        )
+
+    def read(level):
+        manifest = json.loads((made.path / MANIFEST).read_text())
+        manifest["parameters"]["huge"] = {"shape": [numel], "dtype": "F32", "trainable": False}
+        (made.path / MANIFEST).write_bytes(seal(manifest))
+        with StoredCheckpoint(made.path, level) as found:
+            found.read("parameters", "huge", 0, numel)
+
+    with (
+        made.forged(0, lambda c: grow(c, len(header))),
+        pytest.raises(CorruptCheckpoint, match=r"has 4,096 bytes, must have 1,099,511,6"),
+    ):
+        read("none")
     try:
         os.truncate(flat, len(header) + 4 * numel)
     except OSError:
         flat.unlink()
         pytest.skip("this file system has no file of a terabyte")
-
-    def grow(content):
-        runs = [[lo, lo + step, "0" * 16] for lo in range(0, 4 * numel, step)]
-        content["layouts"].append([["huge", 0, numel, 0]])
-        content["files"].append(
-            {**content["files"][0], "file": flat.name, "bucket": file.bucket, "kind": file.kind, "numel": numel}
-            | {"layout": len(content["layouts"]) - 1, "begin": len(header)}
-            | {"header": digest_of(header), "digests": runs}
-        )
-
-    with made.forged(0, grow):
-        manifest = json.loads((made.path / MANIFEST).read_text())
-        manifest["parameters"]["huge"] = {"shape": [numel], "dtype": "F32", "trainable": False}
-        (made.path / MANIFEST).write_bytes(seal(manifest))
-        for level in ("none", "full"):
-            with StoredCheckpoint(made.path, level) as found, pytest.raises(CheckpointError, match="memory"):
-                found.read("parameters", "huge", 0, numel)
+    for level in ("none", "full"):
+        with (
+            made.forged(0, lambda c: grow(c, len(header))),
+            pytest.raises(CheckpointError, match="do not fit into memory"),
+        ):
+            read(level)
+    os.truncate(flat, 2**40 + 4 * numel)
+    with made.forged(0, lambda c: grow(c, 2**40)), pytest.raises(CorruptCheckpoint, match="is no header of the format"):
+        read("full")
     flat.unlink()
 
 
@@ -350,6 +378,50 @@ def test_headers_that_ask_for_the_impossible(made, header, length):
     change = {"begin": room, "header": digest_of(forged[:room])}
     with made.changed(flat, forged), made.forged(0, lambda c: c["files"][0].update(change)):
         assert refused(made)
+
+
+def test_a_header_of_another_length(made):
+    """All else is right, the digest of the header too."""
+    index = json.loads((made.good / f"rank-0-of-{WORLD}/{INDEX}").read_text())
+    record = index["files"][0]
+    flat = f"rank-0-of-{WORLD}/{record['file']}"
+    content = (made.good / flat).read_bytes()
+    for more in (-8, -1, 1, 2**40):
+        forged = struct.pack("<Q", record["begin"] - 8 + more) + content[8:]
+        header = digest_of(forged[: record["begin"]])
+        with made.changed(flat, forged), made.forged(0, lambda c, h=header: c["files"][0].update(header=h)):
+            assert refused(made), more
+
+
+def test_tensors_of_a_state_that_cannot_be(made):
+    """Several of one place would take many times the file in memory."""
+    state = f"rank-0-of-{WORLD}/{STATE}"
+    content = (made.good / state).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = next(key for key in header if key != "__metadata__")
+    end = len(content) - 8 - length
+    for more in (
+        {"again": header[name]},
+        {f"again{i}": header[name] for i in range(1000)},
+        {"of 65 dimensions": entry([0] + [1] * 64, end, end)},
+        {"of no whole number": entry([0.0], end, end)},
+    ):
+        forged = with_header(content, json.dumps({**header, **more}).encode())
+        with made.changed(state, forged), made.forged(0, lambda c, f=forged: c.update(state_digest=digest_of(f))):
+            assert refused(made)
+
+
+def test_damage_of_a_state_is_found_without_verifying_all(made):
+    state = f"rank-0-of-{WORLD}/{STATE}"
+    content = bytearray((made.good / state).read_bytes())
+    content[-1] ^= 1
+    with made.changed(state, content):
+        for level in ("full", "sampled"):
+            with StoredCheckpoint(made.path, level) as found, pytest.raises(CorruptCheckpoint, match=STATE):
+                found.rank_state(0)
+        with StoredCheckpoint(made.path, "none") as found:
+            assert found.rank_state(0)["run"] == found.rank_state(1)["run"]
 
 
 def test_nothing_was_written(made):

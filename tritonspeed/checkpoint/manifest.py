@@ -28,7 +28,6 @@ FORMAT = "tritonspeed.checkpoint.1"
 MANIFEST, INDEX, STATE = "manifest.json", "index.json", "state.safetensors"
 MOST_ELEMS = 2**53  # beyond it a JSON number is no exact integer
 MOST_JSON_BYTES = 2**30
-MOST_RUN_BYTES = 2**40  # of what has one digest: a reader of a few elements reads so much in vain
 MOST_DIMENSIONS = 64  # of a tensor in PyTorch
 MOST_SCALAR = sys.float_info.max
 _PLAIN_NAME = re.compile(r"[^/\\\0]{1,255}")
@@ -374,8 +373,6 @@ def _file(value: Any, layouts: Sequence[tuple[Interval, ...]]) -> FileRecord:
         lo, hi, digest = _sequence(run, "digest")
         if _bounded(lo, "lo", 0) != end or _bounded(hi, "hi", 1) <= lo:
             raise _Bad(f"{name}: run [{lo!r}, {hi!r}) does not follow byte {end}")
-        if hi - lo > MOST_RUN_BYTES:
-            raise _Bad(f"{name}: one digest of {hi - lo:,} bytes, at most {MOST_RUN_BYTES:,} are allowed")
         end = hi
         digests.append((lo, hi, _matching(digest, _DIGEST, "digest")))
     if end != numel * dtype.itemsize:
