@@ -98,6 +98,31 @@ def test_training_goes_on_meanwhile(tmp_path):
     assert saver.last is not None and saver.last.stall_seconds < saver.last.seconds
 
 
+def test_the_memory_of_a_snapshot_is_used_again(tmp_path):
+    made = []
+
+    def empty(numel, dtype):
+        made.append(numel)
+        return host_empty(numel, dtype)
+
+    saver = Saver(mesh_of_one(), empty=empty)
+    for step in (1, 2, 3):
+        saver.start(job(tmp_path, step))
+        saver.wait()
+    assert len(made) == len(KINDS)
+    one = job(tmp_path, 4).records[:1]
+    saver.start(job(tmp_path, 4, records=one))  # what is not needed goes
+    saver.start(job(tmp_path, 5))
+    saver.wait()
+    assert len(made) == len(KINDS) + 1
+    assert [checked(tmp_path / f"global_step{step}") for step in (1, 2, 3, 5)] == [1, 2, 3, 5]
+    saver, made[:] = Saver(mesh_of_one(), empty=empty, keep_buffers=False), []
+    for step in (6, 7):
+        saver.start(job(tmp_path, step))
+    saver.wait()
+    assert len(made) == 2 * len(KINDS)
+
+
 def test_one_save_follows_the_other(tmp_path):
     saver, go = Saver(mesh_of_one()), threading.Event()
     saver.start(job(tmp_path, 1, extras=gate(go)))
