@@ -1,6 +1,8 @@
 """Checkpoints by real DeepSpeed, and beside each what must be read from it: the truth for our reader.
 
     VENV/bin/python -m bench.peers.deepspeed_checkpoints --out FOLDER [--only NAME ...]
+    VENV/bin/python -m bench.peers.deepspeed_checkpoints --out FOLDER --pack ARCHIVE             what CI reads
+    VENV/bin/python -m bench.peers.deepspeed_checkpoints --out JSON --only NAME --resume FOLDER  from a universal one
 
 VENV is bench/peers/setup.sh's. Every case is gloo ranks of its own: three steps of a tiny model, save, three steps
 more. Beside FOLDER/NAME/checkpoint stand truth.pt (masters and states of the optimizer by parameter, as DeepSpeed's
