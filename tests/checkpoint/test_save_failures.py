@@ -136,7 +136,7 @@ def test_rank_0_that_never_comes(tmp_path, monkeypatch):
     told = '{"save_id": "0123456789abcdef", "tag": "t", "busy": "", "error": ""}'
     monkeypatch.setattr(save, "exchange", lambda mesh, numbers: numbers)
     monkeypatch.setattr(save, "broadcast_text", lambda mesh, text, source, unit: told)
-    hidden, is_open = tmp_path / hidden_name("t", "0123456789abcdef"), tmp_path / ".0123456789abcdef.open"
+    hidden, is_open = tmp_path / hidden_name("t", "0123456789abcdef"), tmp_path / ".0123456789abcdef.open-0"
     hidden.mkdir()
     is_open.write_text("")
     saver = Saver(mesh_of_one(1, 2, timeout_s=0.1))
@@ -212,7 +212,7 @@ def test_what_dead_saves_left_is_ended(tmp_path):
     os.rename(tmp_path / "global_step3", hidden[3].with_name(hidden[3].name + ".replaced"))  # between them
     hidden[4].mkdir()  # before its manifest
     (hidden[4] / "rank-0-of-1").mkdir()
-    for left in (".latest.0123456789abcdef", ".latest.tmp", ".0123456789abcdef.open", ".0123456789abcdef.failed"):
+    for left in (".latest.0123456789abcdef", ".latest.tmp", ".0123456789abcdef.open-0", ".0123456789abcdef.done-12"):
         (tmp_path / left).write_text("x")
     (tmp_path / ".mine").mkdir()
     found = {made.tag: path for path, made in committed(tmp_path)}
@@ -363,3 +363,39 @@ def test_a_full_and_a_read_only_disk(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["no room", "hardly any room", "read-only"]
+
+
+def broken_on(place, bad_rank, call):
+    """Each call of its kind on one rank gives EIO in turn: what every rank says of every save."""
+    mesh, really, told = mesh_of(), getattr(os, call), []
+    saver = Saver(mesh)
+    for number in range(1, 12):
+        calls = iter(range(1, 10_000))
+
+        def broken(*args, calls=calls, number=number):
+            if next(calls) == number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return really(*args)
+
+        if mesh.rank == bad_rank:
+            setattr(os, call, broken)
+        try:
+            saver.save(job(place, number, mesh.rank, mesh.world))
+            told.append("")
+        except SaveFailed as error:
+            told.append(str(error))
+        finally:
+            setattr(os, call, really)
+        mesh.barrier()
+    return told
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+@pytest.mark.parametrize("call", ["rename", "fsync"])
+def test_a_disk_that_fails_on_one_of_two_ranks(tmp_path, ranks, bad_rank, call):
+    told = ranks(2, broken_on, tmp_path, bad_rank, call)
+    assert told[0] == told[1], "the ranks are not told the same"
+    failed = {number for number, text in enumerate(told[0], 1) if text.startswith("checkpoint") and "not saved" in text}
+    assert failed and all(f"rank {bad_rank}: " in text for text in told[0] if text)
+    there = {checked(path) for path, _ in committed(tmp_path)}
+    assert there == set(range(1, 12)) - failed

@@ -69,9 +69,9 @@ class Wire:
         if mesh.world == 1:
             return text or ""
         if mesh.rank == source:
-            self._stream.write(text.encode().replace(b"\n", b" ") + b"\n")
+            self._stream.write((text or "").encode().replace(b"\n", b" ") + b"\n")
             self._stream.flush()
-            return text
+            return text or ""
         line = self._stream.readline()
         if not line:
             raise EOFError("the other rank is gone")

@@ -1,12 +1,14 @@
 """How the ranks of one save agree, through files in the shared folder alone: a thread of each may do it.
 
-    .<tag>.<save_id>/rank-1-of-2/index.json    this rank has all of its files on disk
-    .<tag>.<save_id>/failed-1.json             it gave up, and why
-    .<tag>.<save_id>/manifest.json             rank 0 has seen every index; next, the folder gets its tag
-    .<save_id>.open                            rank 0 has not ended; when this goes, the checkpoint is committed
-    .<save_id>.failed                          rank 0 says that the save has failed, and why
+    .<save_id>.open-1                     rank 1 is at it; room on the disk to say why, should it fail
+    .<save_id>.done-1                     all of its files are on disk, ``rank-1-of-2/index.json`` too: its commit
+    .<save_id>.failed-1                   it gave up, and why
+    .<tag>.<save_id>/manifest.json        rank 0 has seen that all are done; next, the folder gets its tag
+    .<save_id>.open-0                     when this goes, the checkpoint is committed
+    .<save_id>.failed-0                   nothing was committed, and why
 
-Nobody asks torch.distributed anything: training uses it meanwhile.
+A rank's file changes its name once, as the last thing it does before it waits. Nobody asks torch.distributed anything:
+training uses it meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tritonspeed.checkpoint.errors import SaveFailed
 from tritonspeed.checkpoint.folder import (
@@ -105,13 +107,8 @@ class Commit:
     def _of(self, rank: int) -> Path:
         return self.hidden / rank_folder(rank, self.world)
 
-    @property
-    def _reserve(self) -> Path:
-        """Room to say why."""
-        return self.hidden / f".reason-{self.rank}" if self.rank else self.folder / f".{self.save_id}.open"
-
-    def _failed_of(self, rank: int) -> Path:
-        return self.hidden / f"failed-{rank}.json" if rank else self.folder / f".{self.save_id}.failed"
+    def _sign(self, state: Literal["open", "done", "failed"], rank: int) -> Path:
+        return self.folder / f".{self.save_id}.{state}-{rank}"
 
     def open(self) -> None:
         """This rank's folder, and room to say why if it comes to that.
@@ -120,14 +117,14 @@ class Commit:
             OSError: the disk is full, read-only, or the hidden folder is not to be seen from here.
         """
         self.own.mkdir()
-        self._reserve.write_bytes(b" " * REASON_BYTES)
+        self._sign("open", self.rank).write_bytes(b" " * REASON_BYTES)
 
     def done(self, index: RankIndex) -> None:
-        """This rank has written all it has to: its commit."""
-        if self.rank != 0:
-            self._reserve.unlink()
+        """This rank has written all it has to: its commit, behind which it can fail no more."""
         write_durably(self.own / INDEX, index_text(index).encode())
         sync_folder(self.own)
+        if self.rank != 0:
+            os.rename(self._sign("open", self.rank), self._sign("done", self.rank))
 
     def give_up(self, error: BaseException) -> None:
         """This rank cannot: say so."""
@@ -140,9 +137,9 @@ class Commit:
         if not self._in_place:
             shutil.rmtree(self.own, ignore_errors=True)
         try:
-            with open(self._reserve, "r+b") as stream:
+            with open(self._sign("open", self.rank), "r+b") as stream:
                 stream.write(json.dumps(reason).encode().ljust(REASON_BYTES))
-            os.rename(self._reserve, self._failed_of(self.rank))
+            os.rename(self._sign("open", self.rank), self._sign("failed", self.rank))
         except OSError as error:
             _log.error("rank %d cannot tell the others: %s (%s)", self.rank, reason, error)
 
@@ -173,11 +170,11 @@ class Commit:
 
         def answered() -> bool:
             for rank in set(range(self.world)) - digests.keys() - reasons.keys():
-                if (content := _read(self._of(rank) / INDEX)) is not None:
+                if (content := self._index_of(rank)) is not None:
                     digests[rank] = digest_of(content)
                     if f'"save_id": "{self.save_id}"'.encode() not in content[:200]:
                         reasons[rank] = "its index is of another save"
-                elif (content := _read(self._failed_of(rank))) is not None:
+                elif (content := _read(self._sign("failed", rank))) is not None:
                     reasons[rank] = json.loads(content)
             return len(digests.keys() | reasons.keys()) == self.world
 
@@ -210,7 +207,7 @@ class Commit:
             with suppress(OSError):
                 latest.unlink()
             raise
-        self._reserve.unlink(missing_ok=True)
+        self._sign("open", 0).unlink(missing_ok=True)
         try:
             if old is not None:
                 remove(old)
@@ -234,13 +231,24 @@ class Commit:
     def abandon(self) -> None:
         """Rank 0: remove what there is of this save."""
         remove(self.hidden)
-        for path in (self._failed_of(0), self._reserve):
+        for path in self.folder.glob(f".{self.save_id}.*"):
             with suppress(OSError):
                 path.unlink()
 
+    def _index_of(self, rank: int) -> bytes | None:
+        """The index of a rank that is done."""
+        if rank != 0 and not self._sign("done", rank).exists():
+            return None
+        return _read(self._of(rank) / INDEX)
+
     def _is_here(self, rank: int) -> bool:
         """A rank that has answered and not left yet."""
-        return (self._of(rank) / INDEX).exists() or self._failed_of(rank).exists()
+        return self._sign("done", rank).exists() or self._sign("failed", rank).exists()
+
+    def _leave(self) -> None:
+        for state in ("done", "failed"):
+            with suppress(OSError):
+                self._sign(state, self.rank).unlink()
 
     def _await_outcome(self) -> Path:
         """What rank 0 made of it, on the other ranks."""
@@ -248,12 +256,13 @@ class Commit:
         verdict: list[str] = []
 
         def concluded() -> bool:
-            is_open = _read(self.folder / f".{self.save_id}.open", 1) is not None
-            if (content := _read(self._failed_of(0))) is not None:
+            is_open = _read(self._sign("open", 0), 1) is not None
+            if (content := _read(self._sign("failed", 0))) is not None:
                 shutil.rmtree(self.own, ignore_errors=True)
-                self._failed_of(self.rank).unlink(missing_ok=True)
+                self._leave()
                 verdict.append(json.loads(content))
             elif not is_open and self._is_published():
+                self._leave()
                 verdict.append("")
             elif not is_open:  # rank 0 has been cleared away, or this host's view of the folder is late
                 gone_since.append(time.monotonic())
@@ -286,7 +295,7 @@ class Commit:
         return content is not None and f'"save_id": "{self.save_id}"'.encode() in content
 
     def _who_is_missing(self) -> str:
-        missing = [str(rank) for rank in range(self.world) if not (self._of(rank) / INDEX).exists()] or ["0"]
+        missing = [str(rank) for rank in range(self.world) if rank and self._index_of(rank) is None] or ["0"]
         return f"rank {', '.join(missing)} did not finish within {2 * self.timeout_s:g} s after rank {self.rank} had"
 
 

@@ -5,7 +5,7 @@
     save_dir/.global_step12.<save_id>/            one that is being written, or was when its save died
     save_dir/.global_step12.<save_id>.replaced/   what a new one of the same tag has taken the place of
     save_dir/.lock                                held by the process that saves
-    save_dir/.<save_id>.open                      there until a save has ended; its other small files: see ``commit``
+    save_dir/.<save_id>.open-0                    there until a save has ended; all such: see ``commit``
 
 What is visible is whole: a checkpoint gets its name by one renaming, and loses it by one before anything of it goes.
 """
@@ -30,7 +30,7 @@ from tritonspeed.checkpoint.manifest import MANIFEST, MOST_JSON_BYTES, Manifest,
 LATEST, LOCK = "latest", ".lock"
 MOST_TAG_BYTES = 200  # a hidden name has 27 more, and file systems take 255
 _HIDDEN = re.compile(r"\.(?P<tag>.+)\.(?P<save_id>[0-9a-f]{16})(?P<replaced>\.replaced)?", re.DOTALL)
-_LEFTOVER = re.compile(rf"\.{LATEST}\.([0-9a-f]{{16}}|tmp)|\.[0-9a-f]{{16}}\.(open|failed)")
+_LEFTOVER = re.compile(rf"\.{LATEST}\.([0-9a-f]{{16}}|tmp)|\.[0-9a-f]{{16}}\.(open|done|failed)-[0-9]+")
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 _log = logging.getLogger("tritonspeed")
 
