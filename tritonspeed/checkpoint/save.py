@@ -1,11 +1,13 @@
 """Saving a checkpoint: at once, or from a snapshot in a thread while training goes on.
 
-rank 0    takes the folder's lock, ends what dead saves left, makes the hidden folder    collective
-all       see it                                                                         collective
-all       snapshot (``start`` alone; it returns here)
-all       write files and state; index.json                                              files alone, from here on
-rank 0    manifest, tag, latest, prune; lets go of the lock
-all       know the outcome
+    rank 0    takes the folder's lock, ends what dead saves left, makes the hidden folder    collective
+    all       see it                                                                         collective
+    all       snapshot; ``start`` returns here
+    all       write files and state; index.json                                              files alone, from here on
+    rank 0    manifest, tag, latest, prune; lets go of the lock
+    all       know the outcome
+
+See ``writer`` for the files, ``commit`` for how the ranks agree.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,15 +32,14 @@ from tritonspeed.checkpoint.errors import CheckpointBusy, CheckpointError, SaveF
 from tritonspeed.checkpoint.folder import (
     Lock,
     check_place,
-    check_tag,
     clear,
     hidden_name,
     make_durably,
     write_synced,
 )
+from tritonspeed.checkpoint.job import Job, SaveReport
 from tritonspeed.checkpoint.manifest import STATE, RankIndex
 from tritonspeed.checkpoint.record import Record
-from tritonspeed.checkpoint.source import ParameterFacts
 from tritonspeed.checkpoint.tree import encode
 from tritonspeed.checkpoint.writer import Writer, file_name, layout_of
 from tritonspeed.comm.collectives import broadcast_text, exchange, gather_texts
@@ -50,65 +51,6 @@ from tritonspeed.offload.pool import HostPool
 
 _log = logging.getLogger("tritonspeed")
 _UNIT = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one rank has to save.
-
-    Attributes:
-        folder: of all checkpoints; made where it is missing.
-        tag: name of this one; rank 0's counts.
-        records: this rank's flats.
-        scalars: the optimizer's numbers, with the parameters that have them.
-        state: the rank's own: what ``tree.encode`` takes.
-        parameters: every parameter, by its first name.
-        step: optimizer steps.
-        facts: small things to know without reading on (JSON).
-        set_latest: let ``latest`` name it.
-        keep_last: so many of the newest checkpoints stay; None keeps all.
-        extras: called on every rank with the hidden folder and the records as they are saved, in the thread that
-            writes; what it writes must be on disk when it returns.
-
-    Raises:
-        ValueError: the tag cannot be one, or nothing would be kept.
-    """
-
-    folder: Path
-    tag: str
-    records: Sequence[Record]
-    scalars: Sequence[tuple[dict[str, float], tuple[str, ...]]]
-    state: dict[str, Any]
-    parameters: Mapping[str, ParameterFacts]
-    step: int
-    facts: dict[str, Any] = field(default_factory=dict)
-    set_latest: bool = True
-    keep_last: int | None = None
-    extras: Callable[[Path, Sequence[Record]], None] | None = None
-
-    def __post_init__(self) -> None:
-        check_tag(self.tag)
-        if self.keep_last is not None and self.keep_last < 1:
-            raise ValueError(f"keep_last is {self.keep_last}, must be at least 1, or None to keep all")
-
-
-@dataclass(frozen=True)
-class SaveReport:
-    """What the last save took on this rank.
-
-    Attributes:
-        path: of the checkpoint.
-        num_bytes: this rank's files.
-        seconds: until all ranks had committed.
-        write_seconds: of these, for this rank's files.
-        stall_seconds: in which training stood still.
-    """
-
-    path: Path
-    num_bytes: int
-    seconds: float
-    write_seconds: float
-    stall_seconds: float
 
 
 @dataclass
