@@ -2,7 +2,7 @@
 
     python -m bench.checkpoint.bench_checkpoint --path FOLDER --peer-python VENV/bin/python [--rounds 3] [--blocks 8]
 
-FOLDER is on the disk that is measured and needs some 6 GB; VENV is what bench/peers/setup.sh makes (without it
+On a busy machine, in front: setsid, and --first (root). FOLDER is on the disk that is measured and needs some 6 GB; VENV is what bench/peers/setup.sh makes (without it
 DeepSpeed is left out). bench/checkpoint/bench_kills.py fills in the column of kills.
 
 The state is AdamW's of a transformer of 100 M parameters by default, 1.3 GiB; every rank has its own part. In each
@@ -39,6 +39,7 @@ import torch
 
 from bench.checkpoint.state import Size
 from bench.harness import RESULTS, device_name, machine
+from bench.offload.turns import first_in_line
 from bench.systems.launch import MARK, ROOT, RunFailed, environment, wait_until_idle
 
 GIB, MIB = 2**30, 2**20
@@ -309,19 +310,20 @@ def main() -> None:
     p.add_argument("--worlds", type=int, nargs="+", default=[1, 2])
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--limit-s", type=float, default=300.0, help="rounds stop in time; starting is beside")
+    p.add_argument("--first", action="store_true", help="go before everybody else's work (root; start it under setsid)")
     p.add_argument("--blocks", type=int, default=8, help="12.6 M parameters each, at the default width")
     p.add_argument("--width", type=int, default=1024)
     p.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     a = p.parse_args()
     size = Size(a.blocks, a.width)
-    names = a.groups or ["torch", "ours", "ours-disk", *(["deepspeed"] if a.peer_python else [])]
+    names = a.groups or ["torch", "ours", "ours-async", "ours-disk", *(["deepspeed"] if a.peer_python else [])]
     path = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=a.path))
     rows: list[Row] = []
     turns = {}
     try:
         for world in a.worlds:
             pythons = {name: a.peer_python if name == "deepspeed" else sys.executable for name in names}
-            with started(pythons, world, size, path) as groups:
+            with first_in_line(a.first), started(pythons, world, size, path) as groups:
                 wait_until_idle()
                 turns[str(world)] = measured(groups, path, a.rounds, a.limit_s / len(a.worlds))
             rows += rows_of(world, turns[str(world)])

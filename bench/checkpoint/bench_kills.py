@@ -25,7 +25,8 @@ from bench.harness import RESULTS, device_name, machine
 from bench.systems.launch import MARK, ROOT, RunFailed, environment
 
 SYSTEMS = {
-    "ours": ["ours", "ours async"],
+    "ours": ["ours"],
+    "ours-async": ["ours async"],
     "ours-disk": ["ours, disk tier (links)"],
     "torch": ["torch.save", "safetensors save_file", "torch DCP", "torch DCP async"],
     "deepspeed": ["DeepSpeed"],

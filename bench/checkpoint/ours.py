@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import tritonspeed as ts
@@ -18,6 +16,7 @@ from tritonspeed.checkpoint.collect import collect
 from tritonspeed.checkpoint.restore import Wanted, fill, fit, publish
 
 TAG = "step"
+NAMES = {"ours": "ours", "ours-async": "ours async", "ours-disk": "ours, disk tier (links)"}
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
     "bf16": {"enabled": True},
@@ -45,17 +44,14 @@ class Everywhere:
 
 
 class Ours:
-    """An engine; blocking or in the background."""
+    """An engine."""
 
     synced, is_durable = "files and folders, then one rename", True
 
-    def __init__(self, engine: Any, in_background: bool) -> None:
+    def __init__(self, engine: Any) -> None:
         self.engine = engine
-        checkpoint = replace(engine.config.checkpoint, async_save=in_background)
-        self.config = replace(engine.config, checkpoint=checkpoint)
 
     def save(self, folder: Path) -> None:
-        self.engine.config = self.config
         self.engine.save_checkpoint(folder, tag=TAG)
 
     def finish(self) -> None:
@@ -83,17 +79,15 @@ class Ours:
 
 
 def make(size: Size, folder: Path) -> dict[str, Ours]:
-    """The systems of one engine after one step, which makes the moments; on disk where the folder's name says so."""
+    """The system that the folder is named after, after one step, which makes the moments."""
     torch.manual_seed(0)
-    on_disk = folder.name == "ours-disk"
     config = CONFIG
-    if on_disk:
+    if folder.name == "ours-disk":
         offload = {"device": "nvme", "nvme_path": str(folder)}
         config = CONFIG | {"zero_optimization": {"stage": 2, "offload_optimizer": offload}}
+    if folder.name == "ours-async":
+        config = CONFIG | {"checkpoint": {"async_save": True}}
     engine, *_ = ts.initialize(model=Stack(size), config=config)
     engine.backward(engine(torch.randn(2, size.width).bfloat16()))
     engine.step()
-    assert dist.is_initialized(), "initialize makes the process group"
-    if on_disk:
-        return {"ours, disk tier (links)": Ours(engine, False)}
-    return {"ours": Ours(engine, False), "ours async": Ours(engine, True)}
+    return {NAMES[folder.name]: Ours(engine)}
