@@ -161,6 +161,7 @@ def bombs(marker: str) -> dict[str, bytes]:
         "partial": called("functools", "partial", 1),
         "dynamic library": called("ctypes", "CDLL", marker),
         "reconstructor": called("copy_reg", "_reconstructor", 1, 2, 3),
+        "array of a gigabyte": called("builtins", "bytearray", 10**9),
         "array of a terabyte": called("builtins", "bytearray", 10**12),
         "array of a terabyte, Python 2": called("__builtin__", "bytearray", 10**12),
         "storage of a terabyte": called("torch.storage", "UntypedStorage", 10**12, opcode=b"\x81"),
