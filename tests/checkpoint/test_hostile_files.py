@@ -43,6 +43,7 @@ def refused(made: Fixture) -> bool:
             verify(made.path)
         except CorruptCheckpoint as error:
             assert str(made.path) in str(error)
+            str(error).encode()  # what cannot be printed explains nothing
             return True
     return False
 
@@ -279,6 +280,8 @@ INDEXES = {
     "an absolute name": lambda c: c["files"][0].update(file="/etc/passwd"),
     "a folder above": lambda c: c["files"][0].update(file=".."),
     "a name that no file has": lambda c: c["files"][0].update(file="\ud800"),
+    "a name that cannot be printed": lambda c: c["files"][0].update(file="\ud800", digests=[]),
+    "a kind that cannot be printed": lambda c: c["files"][0].update(kind="\ud800"),
     "one file twice": lambda c: c["files"].append(c["files"][0]),
     "one file's values twice": lambda c: c["files"].append({**c["files"][0], "file": "other.safetensors"}),
     "an exabyte": lambda c: c["files"][0].update(numel=2**58, digests=[[0, 2**60, "0" * 16]]),

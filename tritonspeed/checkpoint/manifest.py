@@ -32,6 +32,7 @@ MOST_DIMENSIONS = 64  # of a tensor in PyTorch
 MOST_SCALAR = sys.float_info.max
 _PLAIN_NAME = re.compile(r"[^/\\\0]{1,255}")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
+_HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can have it, and no name that is written or printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,9 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
                 raise _Bad(f"{name!r} has {len(shape)} dimensions")
             _bounded(prod(shape), f"elements of {name!r}", 0)
             aliases = tuple(_text(a, "alias") for a in _sequence(entry.get("aliases", []), "aliases"))
-            parameters[name] = ParameterFacts(shape, _dtype(entry["dtype"]), _truth(entry["trainable"]), aliases)
+            parameters[_text(name, "name")] = ParameterFacts(
+                shape, _dtype(entry["dtype"]), _truth(entry["trainable"]), aliases
+            )
         indexes = tuple(_matching(d, _DIGEST, "digest") for d in _sequence(content["indexes"], "indexes"))
         if len(indexes) != world:
             raise _Bad(f"{len(indexes)} indexes of {world} ranks")
@@ -300,8 +303,8 @@ def _sequence(value: Any, what: str) -> Sequence[Any]:
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise _Bad(f"{what}: {value!r} where a text is expected")
+    if not isinstance(value, str) or _HALF_A_PAIR.search(value):
+        raise _Bad(f"{what}: {value!r:.80} where a text is expected")
     return value
 
 
@@ -334,7 +337,7 @@ def plain_name(value: Any) -> str:
         ValueError: a path, an empty name, "." or "..".
     """
     name = _matching(value, _PLAIN_NAME, "not a plain file name")
-    if name in (".", ".."):
+    if _text(name, "file name") in (".", ".."):
         raise _Bad(f"not a plain file name: {name!r}")
     return name
 
