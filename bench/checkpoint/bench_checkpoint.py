@@ -2,8 +2,9 @@
 
     python -m bench.checkpoint.bench_checkpoint --path FOLDER --peer-python VENV/bin/python [--rounds 3] [--blocks 8]
 
-On a busy machine, in front: setsid, and --first (root). FOLDER is on the disk that is measured and needs some 6 GB; VENV is what bench/peers/setup.sh makes (without it
-DeepSpeed is left out). bench/checkpoint/bench_kills.py fills in the column of kills.
+FOLDER is on the disk that is measured and needs some 6 GB; VENV is what bench/peers/setup.sh makes (without it
+DeepSpeed is left out). It takes 6 minutes and 12 GB of memory. On a busy machine begin with setsid, and give --first
+(root). bench/checkpoint/bench_kills.py fills in the column of kills.
 
 The state is AdamW's of a transformer of 100 M parameters by default, 1.3 GiB; every rank has its own part. In each
 round every system saves into a new folder, which is then read back with a cold page cache; each round begins with
@@ -246,7 +247,7 @@ def misses(rows: list[Row]) -> list[str]:
         peers = [row for row in rows if row.world == mine.world and not row.is_ours and not row.system.startswith(RAW)]
         kind = [row for row in peers if ("async" in row.system) == ("async" in mine.system)]
         for key, unit in (("stall_s", 1.0), ("durable_s", 1.0), ("load_s", 1.0), ("memory_bytes", MIB)):
-            group = kind if key == "stall_s" else peers
+            group = kind if key in ("stall_s", "memory_bytes") else peers
             found += [
                 f"{where}: {key} {getattr(mine, key) / unit:.2f}, {row.system} {getattr(row, key) / unit:.2f}"
                 for row in group

@@ -108,6 +108,7 @@ class Ranks:
         system.fill(3.0 if is_save else 5.0)
         drop_pages(folder)
         give_back()
+        self.baseline = min(self.baseline, resident_bytes("VmRSS"))  # what was left from starting may have gone
         dist.barrier()
         answer = (self.save if is_save else self.load)(system, folder)
         if system.held() != (3.0, 3.0):
