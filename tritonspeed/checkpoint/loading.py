@@ -115,24 +115,25 @@ def _load(
             tell(num_bytes)
 
     source = together(mesh, lambda: open_source(path, verify=verify, on_bytes=on_bytes))
-    found, goes_on = together(mesh, lambda: _fit(sharded, source, wanted, problems))
-    own, buffers = together(mesh, lambda: _own(sharded, source, wanted))
-    if custom is not None:
-        _load_by(custom, sharded, source)
-        wanted = replace(wanted, values=False)
-    shares = mesh.world if sharded.stage.shards_optimizer else 1
-    with progress(f"loading {path.name}", getattr(source, "total_bytes", 0) // shares, mesh.rank) as tell:
-        told.append(tell)
-        together(mesh, lambda: fill(sharded, source, found, wanted))
-        told.clear()
-    if goes_on:
-        factor = mesh.world / source.facts.world if sharded.options.average else 1.0
-        together(mesh, lambda: fill_gradients(sharded, source, found, factor))
-    fill_buffers(sharded, buffers)
-    publish(sharded)
-    facts = source.facts
-    source.close()
-    return Loaded(path, facts, own, found)
+    try:
+        found, goes_on = together(mesh, lambda: _fit(sharded, source, wanted, problems))
+        own, buffers = together(mesh, lambda: _own(sharded, source, wanted))
+        if custom is not None:
+            _load_by(custom, sharded, source)
+            wanted = replace(wanted, values=False)
+        shares = mesh.world if sharded.stage.shards_optimizer else 1
+        with progress(f"loading {path.name}", getattr(source, "total_bytes", 0) // shares, mesh.rank) as tell:
+            told.append(tell)
+            together(mesh, lambda: fill(sharded, source, found, wanted))
+            told.clear()
+        if goes_on:
+            factor = mesh.world / source.facts.world if sharded.options.average else 1.0
+            together(mesh, lambda: fill_gradients(sharded, source, found, factor))
+        fill_buffers(sharded, buffers)
+        publish(sharded)
+        return Loaded(path, source.facts, own, found)
+    finally:
+        source.close()
 
 
 def _fit(
