@@ -35,7 +35,7 @@ KILLS_EACH = 26  # of eight ways: 208
 AT_ONCE = 6  # runs, each in a folder of its own: most of the time goes by waiting
 FAILED = 2**32  # what a rank says where a save has failed
 CALLS = ("pwritev", "pwrite", "fdatasync", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
-PATIENCE_S = 0.1  # how long the other rank is waited for
+PATIENCE_S = 0.2  # how long the other rank is waited for
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,21 @@ def saves(run: Run, rank: int, wire: Wire, acknowledge: Callable[[int], Any]) ->
         setattr(save, name, getattr(wire, name))
     saver = Saver(mesh_of_one(rank, run.world, PATIENCE_S))
     changes = {"tag": run.tag} if run.tag else {"keep_last": 2}
+    started = 0
     for step in itertools.count(1):
         wanted = job(Path(run.path), step, rank, run.world, **changes)
         try:
             if run.background:
                 saver.start(wanted)
-                if step > 1:  # it has waited for the one before
-                    acknowledge(step - 1)
+                if started:  # it has waited for that one
+                    acknowledge(started)
+                started = step
             else:
                 saver.save(wanted)
                 acknowledge(step)
         except SaveFailed:
             acknowledge(FAILED)
+            started = 0
         if step == 1 and run.last_call is not None and rank in run.victims:
             die_at(run.last_call)
 
