@@ -56,6 +56,7 @@ def forked(work: Callable[[int], object], said: Path) -> tuple[int, int]:
         sys.stderr.flush()
     finally:
         os._exit(status)
+    raise AssertionError("a child that has ended goes no further")
 
 
 def made(group: str, system: str, size: Size, folder: Path) -> Any:

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from tritonspeed.checkpoint.folder import committed
 from tritonspeed.checkpoint.manifest import INDEX, MANIFEST, STATE, RankIndex, parse_index, rank_folder
 from tritonspeed.checkpoint.record import Record
-from tritonspeed.checkpoint.save import Job
+from tritonspeed.checkpoint.saver import Job
 from tritonspeed.checkpoint.source import ParameterFacts
 from tritonspeed.comm.mesh import Mesh
 from tritonspeed.offload.commit_record import digest_of

@@ -17,7 +17,7 @@ from tritonspeed.checkpoint.errors import CheckpointError
 from tritonspeed.checkpoint.folder import check_tag, committed, find, latest_tag, write_latest
 from tritonspeed.checkpoint.manifest import rank_folder
 from tritonspeed.checkpoint.record import Record
-from tritonspeed.checkpoint.save import Saver
+from tritonspeed.checkpoint.saver import Saver
 from tritonspeed.checkpoint.source import ParameterFacts
 from tritonspeed.checkpoint.writer import file_name, layout_of
 from tritonspeed.comm.mesh import mesh_of
@@ -138,7 +138,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from saving import job, mesh_of_one
-from tritonspeed.checkpoint.save import Saver
+from tritonspeed.checkpoint.saver import Saver
 
 Saver(mesh_of_one()).start(job(Path(sys.argv[1]), 7, extras=lambda hidden, records: time.sleep(0.3)))
 """

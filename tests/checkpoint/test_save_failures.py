@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from saving import checked, job, mesh_of_one
 
-from tritonspeed.checkpoint import commit, folder, save
+from tritonspeed.checkpoint import commit, folder
+from tritonspeed.checkpoint import saver as saver_module
 from tritonspeed.checkpoint.errors import CheckpointBusy, SaveFailed
 from tritonspeed.checkpoint.folder import Lock, committed, find, hidden_name, latest_tag
-from tritonspeed.checkpoint.save import Saver
+from tritonspeed.checkpoint.saver import Saver
 from tritonspeed.comm.mesh import mesh_of
 
 HERE = str(Path(__file__).parent)
@@ -69,7 +70,7 @@ def elsewhere(place):
     """Rank 1 has a folder of its own under that name."""
     mesh = mesh_of()
     saver = Saver(mesh)
-    save.SETTLE_S = 0.05
+    saver_module.SETTLE_S = 0.05
     own = Path(place) / ("b" if mesh.rank == 1 else "a")
     own.mkdir(exist_ok=True)
     try:
@@ -124,8 +125,8 @@ def test_a_background_failure_is_told_once(tmp_path):
 
 def test_a_rank_that_never_comes(tmp_path, monkeypatch):
     """Rank 0 of two, and nobody else."""
-    monkeypatch.setattr(save, "exchange", lambda mesh, numbers: numbers)
-    monkeypatch.setattr(save, "broadcast_text", lambda mesh, text, source, unit: text)
+    monkeypatch.setattr(saver_module, "exchange", lambda mesh, numbers: numbers)
+    monkeypatch.setattr(saver_module, "broadcast_text", lambda mesh, text, source, unit: text)
     saver = Saver(mesh_of_one(0, 2, timeout_s=0.1))
     with pytest.raises(SaveFailed, match=r"rank 1: was not heard of for 0.1 s after rank 0 had done its part"):
         saver.save(job(tmp_path, 1, 0, 2))
@@ -134,8 +135,8 @@ def test_a_rank_that_never_comes(tmp_path, monkeypatch):
 
 def test_rank_0_that_never_comes(tmp_path, monkeypatch):
     told = '{"save_id": "0123456789abcdef", "tag": "t", "busy": "", "error": ""}'
-    monkeypatch.setattr(save, "exchange", lambda mesh, numbers: numbers)
-    monkeypatch.setattr(save, "broadcast_text", lambda mesh, text, source, unit: told)
+    monkeypatch.setattr(saver_module, "exchange", lambda mesh, numbers: numbers)
+    monkeypatch.setattr(saver_module, "broadcast_text", lambda mesh, text, source, unit: told)
     hidden, is_open = tmp_path / hidden_name("t", "0123456789abcdef"), tmp_path / ".0123456789abcdef.open-0"
     hidden.mkdir()
     is_open.write_text("")
@@ -305,11 +306,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from saving import checked, job, mesh_of_one
-from tritonspeed.checkpoint import save
+from tritonspeed.checkpoint import saver as saver_module
 from tritonspeed.checkpoint.errors import SaveFailed
 from tritonspeed.checkpoint.folder import committed
 from tritonspeed.checkpoint.record import Record
-from tritonspeed.checkpoint.save import Saver
+from tritonspeed.checkpoint.saver import Saver
 from tritonspeed.offload.page_file import PageFile
 
 place = Path(sys.argv[1])

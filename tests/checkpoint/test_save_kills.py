@@ -25,10 +25,10 @@ import pytest
 import torch
 from saving import checked, job, mesh_of_one
 
-from tritonspeed.checkpoint import save
+from tritonspeed.checkpoint import saver as saver_module
 from tritonspeed.checkpoint.errors import SaveFailed
 from tritonspeed.checkpoint.folder import committed, find, latest_tag
-from tritonspeed.checkpoint.save import Saver
+from tritonspeed.checkpoint.saver import Saver
 from tritonspeed.checkpoint.stored import verify
 
 KILLS_EACH = 26  # of eight ways: 208
@@ -90,7 +90,7 @@ class Wire:
 def saves(run: Run, rank: int, wire: Wire, acknowledge: Callable[[int], Any]) -> None:
     """Save checkpoint after checkpoint until killed."""
     for name in ("broadcast_text", "gather_texts", "exchange"):
-        setattr(save, name, getattr(wire, name))
+        setattr(saver_module, name, getattr(wire, name))
     saver = Saver(mesh_of_one(rank, run.world, PATIENCE_S))
     changes = {"tag": run.tag} if run.tag else {"keep_last": 2}
     started = 0

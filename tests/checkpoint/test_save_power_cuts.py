@@ -19,7 +19,7 @@ import pytest
 from saving import checked, job, mesh_of_one
 
 from tritonspeed.checkpoint.folder import committed, find, latest_tag
-from tritonspeed.checkpoint.save import Saver
+from tritonspeed.checkpoint.saver import Saver
 
 WRITES = ("pwritev", "pwrite", "write", "rename", "mkdir", "unlink", "rmdir")
 SYNCS = ("fsync", "fdatasync")

@@ -77,7 +77,8 @@ def grown(folder: str) -> None:
     deeper = make(config(2), Deeper)
     train(deeper, 0, 1)
     before = state(deeper)
-    with pytest.raises(MismatchedCheckpoint, match="not in the checkpoint: .*'blocks.3.norm.weight'.*load_module_strict"):
+    absent = "not in the checkpoint: .*'blocks.3.norm.weight'.*load_module_strict"
+    with pytest.raises(MismatchedCheckpoint, match=absent):
         deeper.load_checkpoint(folder)
     assert_same(state(deeper), before)
     with said() as lines:

@@ -77,9 +77,13 @@ def copied(folder: str, stage: int, precision: str | None) -> None:
     own = [(b.layout.slice_numel, 12 if b.layout.pieces(*b.own) else 4) for b in engine.optimizer.buckets]
     expected = sum(numel * num_bytes for numel, num_bytes in own)
     assert host.peak_bytes == expected, "this rank's part of masters and two moments in fp32, once"
+    train(engine, 2, 3)
+    engine.save_checkpoint(folder)
+    engine.wait_for_checkpoint()
+    assert host.peak_bytes == host.total_bytes == expected, "the memory is kept for the next save"
+    engine.destroy()
     gc.collect()
     assert host.total_bytes == 0
-    engine.destroy()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -1,5 +1,7 @@
 """Checkpoints: plain safetensors for any number of ranks, stage and tier, committed whole or not at all.
 
+    ts.checkpoint.save(model, folder), ts.checkpoint.load(model, folder)      without an engine; verify(folder)
+
     record     one flat run of values that a rank has to save       manifest   the JSON beside the files
     source     a checkpoint to read from, whoever wrote it          errors     what can be wrong with one
 
@@ -14,6 +16,7 @@ from tritonspeed.checkpoint.errors import (
     SaveFailed,
 )
 from tritonspeed.checkpoint.record import Record
+from tritonspeed.checkpoint.sharded import load, save
 from tritonspeed.checkpoint.source import ParameterFacts, RunFacts, Source
 from tritonspeed.checkpoint.stored import StoredCheckpoint, verify
 
@@ -28,5 +31,7 @@ __all__ = [
     "SaveFailed",
     "Source",
     "StoredCheckpoint",
+    "load",
+    "save",
     "verify",
 ]

@@ -27,7 +27,7 @@ from tritonspeed.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Model
 from tritonspeed.checkpoint.model_folder import NAME as MODEL
 from tritonspeed.checkpoint.opening import NAMES, OURS, PLAIN, UNIVERSAL, kind_of, locate, open_source
 from tritonspeed.checkpoint.record import GRADIENT, MASTER, OUTBOX, PARAMETERS, Record
-from tritonspeed.checkpoint.save import Job, Saver
+from tritonspeed.checkpoint.saver import Job, Saver
 from tritonspeed.checkpoint.source import ParameterFacts, Source
 from tritonspeed.checkpoint.weights_file import MAX_SHARD_BYTES
 from tritonspeed.comm import Mesh

@@ -20,7 +20,7 @@ from tritonspeed.checkpoint.loading import load as load_into
 from tritonspeed.checkpoint.loading import resume_optimizer, settings_of
 from tritonspeed.checkpoint.randomness import random_state, set_random_state
 from tritonspeed.checkpoint.restore import Wanted, buffers_of
-from tritonspeed.checkpoint.save import Job, Saver
+from tritonspeed.checkpoint.saver import Job, Saver
 from tritonspeed.version import __version__
 from tritonspeed.zero import ShardedModel
 

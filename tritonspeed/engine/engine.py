@@ -304,6 +304,7 @@ class Engine(Getters, Saving, Weights, nn.Module):
     def destroy(self) -> None:
         """Give the module back as it was: whole on every rank, without hooks. Collective at stage 3."""
         self.wait_for_checkpoint()
+        self._saver = None
         if self._signals is not None:
             self._signals.close()
         self.away.close()

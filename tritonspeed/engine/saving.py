@@ -18,7 +18,7 @@ from tritonspeed.checkpoint.loading import load, resume_optimizer, settings_of
 from tritonspeed.checkpoint.model_folder import ModelFolder, configs_of
 from tritonspeed.checkpoint.randomness import random_state, set_random_state
 from tritonspeed.checkpoint.restore import Wanted, buffers_of
-from tritonspeed.checkpoint.save import Job, Saver
+from tritonspeed.checkpoint.saver import Job, Saver
 from tritonspeed.checkpoint.script import put_script
 from tritonspeed.engine.on_signal import SaveOnSignal
 from tritonspeed.version import __version__
@@ -161,7 +161,7 @@ class Saving:
         return {}
 
     def _host_empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Host memory for a snapshot, in the ledger until it is written."""
+        """Host memory for snapshots, in the ledger while the saver keeps it."""
         held, account = self.sharded.homes.empty(numel, dtype, crosses=True), self.sharded.ledger.host
         account.add("communication", held.nbytes)
         weakref.finalize(held, account.add, "communication", -held.nbytes)

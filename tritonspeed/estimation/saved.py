@@ -6,8 +6,8 @@ those in 8 bits are saved as fp32):
     trained   (4 + m·4)·P, and c·P where parameters are rounded at random; a slice of padding alone has no moments
     frozen    c·P
 
-Every rank writes its P/N at every stage. A save in the background holds a copy of that in host memory until it is
-written, but for what is on disk: that is linked. Headers and indexes come on top: 4 KiB and more for each file.
+Every rank writes its P/N at every stage. A save in the background copies that into host memory, which is kept for the
+next one, but for what is on disk: that is linked. Headers and indexes come on top: 4 KiB and more for each file.
 """
 
 from __future__ import annotations
