@@ -145,22 +145,34 @@ class ShardedStates:
                     before = self.inner.state.pop(chunk.master, {})
                     pieces = chunk.pieces()
                     here = [key for key, names in keys.items() if any(p.span.name in names for p in pieces)]
+                    given = [numbers.get(p.span.name, {}) for p in pieces]
                     # what has a file keeps it: a state that is no more is one of zeros
                     kept = [key.removesuffix(_CODE) for key in before if key in tile.kinds]
-                    del before  # memory: the old tensors go before the new ones come
-                    if here or kept:
-                        self._make(chunk, [*here, *kept], [numbers.get(p.span.name, {}) for p in pieces])
+                    if _can_be_filled_again(before, here, given):
+                        self.inner.state[chunk.master] = before
+                        for key in here:
+                            if sum(p.numel for p in pieces if p.span.name in keys[key]) < before[key].numel():
+                                before[key].zero_()
+                        self._set_numbers(chunk, given)
+                    elif here or kept:
+                        before.clear()  # memory: the old tensors go before the new ones come
+                        self._make(chunk, [*here, *kept], given)
                     for key in here:
                         self._put(chunk, key, keys[key], read)
 
     def _make(self, chunk: Chunk, keys: list[str], numbers: list[Mapping[str, float]]) -> None:
-        """The state of a chunk as before its first step, and its numbers: the highest, where its parameters differ."""
+        """The state of a chunk as before its first step, but for its numbers."""
         state: dict[str, Any] = self.inner.state[chunk.master]
         if isinstance(self.inner, ElementwiseOptimizer):
             self.inner.state_of(chunk.master, chunk.start)
             state = self.inner.state[chunk.master]
         else:
             state.update({key: torch.zeros_like(chunk.master.data) for key in keys})
+        self._set_numbers(chunk, numbers)
+
+    def _set_numbers(self, chunk: Chunk, numbers: list[Mapping[str, float]]) -> None:
+        """The highest, where its parameters differ."""
+        state = self.inner.state[chunk.master]
         for name in sorted({name for each in numbers for name in each}):
             value = torch.tensor(max(each[name] for each in numbers if name in each), dtype=torch.float32)
             state[name] = value.to(chunk.master.device) if self._counts_on_device else value
@@ -226,6 +238,16 @@ def _fill(
             end = min(start + PART_ELEMS, p.numel)
             part = read(key, p.span, p.in_span + start, p.in_span + end)
             values[p.in_interval + start : p.in_interval + end].copy_(part)
+
+
+def _can_be_filled_again(state: Mapping[str, Any], keys: list[str], numbers: list[Mapping[str, float]]) -> bool:
+    """Whether a chunk's state has exactly the tensors that there are values for, and no number that is not given.
+
+    New ones in their place would leave a heap of freed memory: 336 MiB beside 1 GiB of state, on two ranks.
+    """
+    given = {name for each in numbers for name in each}
+    tensors = {key for key, value in state.items() if not _is_number(value)}
+    return bool(tensors) and tensors == set(keys) and set(state) - tensors <= given
 
 
 def _is_number(value: Any) -> bool:
