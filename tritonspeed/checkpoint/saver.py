@@ -158,8 +158,15 @@ class Saver:
 
     def _ended(self, save: _Save) -> Path:
         if isinstance(save.outcome, SaveReport):
-            self.last = save.outcome
-            return save.outcome.path
+            self.last = report = save.outcome
+            if self.mesh.rank == 0:
+                _log.info(
+                    "saved %s in %.2f s; training stood still for %.2f s",
+                    report.path,
+                    report.seconds,
+                    report.stall_seconds,
+                )
+            return report.path
         assert save.outcome is not None, f"the save of {save.job.tag} ended without an outcome"
         raise save.outcome
 

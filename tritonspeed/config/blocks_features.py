@@ -164,7 +164,7 @@ class CheckpointWriter:
     data_parallel: Literal["REPLICA", "SOCKET", "MACHINE"] | None = key(
         None, "which ranks write", inert="every rank always writes its part"
     )
-    show_statistics: bool = key(False, "print its speed", inert="nothing is printed about it")
+    show_statistics: bool = key(False, "print its speed", inert="the log has seconds and stall of every save")
 
 
 @dataclass(frozen=True)

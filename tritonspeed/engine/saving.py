@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tritonspeed.checkpoint import Record, RunFacts
+from tritonspeed.checkpoint import Record, RunFacts, SaveFailed
 from tritonspeed.checkpoint.agree import same_text
 from tritonspeed.checkpoint.collect import Collected, collect
 from tritonspeed.checkpoint.loading import load, resume_optimizer, settings_of
@@ -149,7 +149,10 @@ class Saving:
         if folder is None:
             log.error("SIGTERM: not saved, since nobody named a folder: set checkpoint.save_dir in the config")
             raise SystemExit(code)
-        self.wait_for_checkpoint()
+        try:
+            self.wait_for_checkpoint()
+        except SaveFailed as error:  # of the save before: this one may go well
+            log.error("%s", error)
         self.save_checkpoint(folder, client_state=self.client_state_on_signal())
         self.wait_for_checkpoint()
         if self.mesh.rank == 0:
