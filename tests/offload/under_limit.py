@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import tritonspeed as ts
 from tritonspeed.kernels.host_step import use_host_step
 
-VOCAB, WIDTH, DEPTH, LENGTH, STEPS = 512, 768, 32, 64, 3
+VOCAB, WIDTH, DEPTH, LENGTH, STEPS = 512, 768, 34, 64, 3
 
 
 class Block(nn.Module):
