@@ -234,17 +234,17 @@ def test_a_sync_that_failed_is_not_asked_again(folder, monkeypatch):
 
 
 def test_a_record_whose_name_may_not_be_on_the_disk_stops_the_run(folder, monkeypatch):
-    flat, really = folder.flat("a", "master", torch.float32, 5000), disk._sync_folder
+    flat, really = folder.flat("a", "master", torch.float32, 5000), disk.sync_folder
     folder.commit(1)
     store(flat, 0, noise(5000))
 
     def fail(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(disk, "_sync_folder", fail)
+    monkeypatch.setattr(disk, "sync_folder", fail)
     with pytest.raises(DiskError, match="commit of step 2 could not be synced"):
         folder.commit(2)
-    monkeypatch.setattr(disk, "_sync_folder", really)
+    monkeypatch.setattr(disk, "sync_folder", really)
     with pytest.raises(DiskError, match="start again"):
         flat.store(0, on_pages(noise(5000)))
     assert verify(folder.folder) == 2

@@ -28,20 +28,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tritonspeed.checkpoint.errors import SaveFailed
-from tritonspeed.checkpoint.folder import (
-    LATEST,
-    check_place,
-    hidden_name,
-    prune,
-    publish,
-    remove,
-    sync_folder,
-    write_durably,
-    write_synced,
-)
+from tritonspeed.checkpoint.folder import LATEST, check_place, hidden_name, prune, publish, remove
 from tritonspeed.checkpoint.manifest import INDEX, MANIFEST, Manifest, RankIndex, index_text, manifest_text, rank_folder
 from tritonspeed.checkpoint.source import ParameterFacts
 from tritonspeed.offload.commit_record import digest_of
+from tritonspeed.offload.durable import sync_folder, write_durably, write_synced
 from tritonspeed.offload.page_file import free_bytes
 
 REASON_BYTES = 8192  # set aside by every rank beforehand: the reason may be a full disk

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from tritonspeed.checkpoint.deepspeed.universal import write_universal
-from tritonspeed.checkpoint.folder import sync_folder
 from tritonspeed.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, ModelFolder, weights_kind
 from tritonspeed.checkpoint.model_folder import NAME as MODEL
 from tritonspeed.checkpoint.opening import NAMES, OURS, PLAIN, UNIVERSAL, kind_of, locate, open_source
@@ -31,6 +30,7 @@ from tritonspeed.checkpoint.saver import Job, Saver
 from tritonspeed.checkpoint.source import ParameterFacts, Source
 from tritonspeed.checkpoint.weights_file import MAX_SHARD_BYTES
 from tritonspeed.comm import Mesh
+from tritonspeed.offload.durable import sync_folder
 from tritonspeed.offload.heap import give_back_freed_blocks
 from tritonspeed.offload.page_file import PageFile, Piece
 from tritonspeed.version import __version__

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tritonspeed.checkpoint.errors import CheckpointBusy, CheckpointError, CorruptCheckpoint
 from tritonspeed.checkpoint.manifest import MANIFEST, MOST_JSON_BYTES, Manifest, parse_manifest, plain_name
+from tritonspeed.offload.durable import sync_folder, write_durably
 
 LATEST, LOCK = "latest", ".lock"
 MOST_TAG_BYTES = 200  # a hidden name has 27 more, and file systems take 255
@@ -157,39 +158,6 @@ def _whole(folder: Path) -> list[Path]:
 
 
 # writing
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a small file under another name, sync it and rename it: whoever opens it finds all of it.
-
-    Its folder is not synced.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write_synced(temporary, content)
-        os.rename(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and sync it, neither at once nor its name."""
-    with open(path, "wb", buffering=0) as stream:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(stream.fileno(), rest) :]
-        os.fsync(stream.fileno())
 
 
 def make_durably(folder: Path) -> None:

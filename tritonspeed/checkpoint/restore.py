@@ -10,7 +10,6 @@ A rank that fails in ``fill`` does so alone, so the ranks agree before ``publish
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +23,9 @@ from tritonspeed.zero import ShardedModel
 from tritonspeed.zero.bucket import Bucket, ShardState
 from tritonspeed.zero.layout import Span
 from tritonspeed.zero.load import write_values
-from tritonspeed.zero.tensor_files import some_names
+from tritonspeed.zero.tensor_files import PART_ELEMS, some_names
 
 NOT_STATES = frozenset((MASTER, PARAMETERS, GRADIENT, OUTBOX))
-PART_ELEMS = 4 * 2**20  # read at once: 16 MiB of fp32
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def fill(sharded: ShardedModel, source: Source, found: Fit, wanted: Wanted) -> N
         stepper.zero_grad()
     for group in sharded.groups:
         group.reshard()
-    with sharded.homes.editing() if sharded.homes else nullcontext():
+    with sharded.homes.editing():
         for bucket in sharded.buckets:
             bucket.wait()
             # states first: on disk a tile is written whole, its masters as they were committed before

@@ -29,14 +29,7 @@ from torch import Tensor
 
 from tritonspeed.checkpoint.commit import SETTLE_S, Commit, Publication, new_save_id, poll, reason_of
 from tritonspeed.checkpoint.errors import CheckpointBusy, CheckpointError, SaveFailed
-from tritonspeed.checkpoint.folder import (
-    Lock,
-    check_place,
-    clear,
-    hidden_name,
-    make_durably,
-    write_synced,
-)
+from tritonspeed.checkpoint.folder import Lock, check_place, clear, hidden_name, make_durably
 from tritonspeed.checkpoint.job import Job, SaveReport
 from tritonspeed.checkpoint.manifest import STATE, RankIndex
 from tritonspeed.checkpoint.record import Record
@@ -45,6 +38,7 @@ from tritonspeed.checkpoint.writer import Writer, file_name, layout_of
 from tritonspeed.comm.collectives import broadcast_text, exchange, gather_texts
 from tritonspeed.comm.mesh import Mesh
 from tritonspeed.offload.commit_record import digest_of
+from tritonspeed.offload.durable import write_synced
 from tritonspeed.offload.memory import host_empty
 from tritonspeed.offload.options import Requests
 from tritonspeed.offload.pool import HostPool

@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from tritonspeed.checkpoint.folder import write_durably
+from tritonspeed.offload.durable import write_durably
 
 SCRIPT = "zero_to_fp32.py"
 _log = logging.getLogger("tritonspeed")

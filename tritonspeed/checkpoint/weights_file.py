@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritonspeed.checkpoint.folder import sync_folder, write_synced
 from tritonspeed.offload.direct import bytes_of
+from tritonspeed.offload.durable import sync_folder, write_synced
 from tritonspeed.offload.page_file import DTYPES, MAX_HEADER_BYTES, free_bytes
 from tritonspeed.zero.tensor_files import PART_ELEMS
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonspeed.checkpoint.folder import write_durably
 from tritonspeed.checkpoint.model_folder import ModelFolder, weights_kind
 from tritonspeed.checkpoint.opening import open_source
 from tritonspeed.checkpoint.record import MASTER
 from tritonspeed.checkpoint.source import ParameterFacts, Source
 from tritonspeed.checkpoint.weights_file import index_text, parse_shard_size, shard_files, shard_names, write_tensors
+from tritonspeed.offload.durable import write_durably
 from tritonspeed.offload.heap import give_back_freed_blocks
 
 _STEM = "pytorch_model"

@@ -22,6 +22,7 @@ import xxhash
 from torch import Tensor
 
 from tritonspeed.offload.direct import bytes_of
+from tritonspeed.offload.durable import write_durably
 from tritonspeed.offload.memory import host_empty
 from tritonspeed.offload.page_file import PageFile, Piece, header_bytes, read_header
 
@@ -91,18 +92,7 @@ def header_digest(file: PageFile) -> str:
 
 def write_record(folder: Path, record: CommitRecord) -> None:
     """Put the record in the place of the last one: whole or not at all. The folder's entry is not synced yet."""
-    temporary = folder / (NAME + ".tmp")
-    try:
-        with open(temporary, "wb", buffering=0) as stream:
-            content = memoryview(record.text().encode())
-            while content:
-                content = content[os.write(stream.fileno(), content) :]
-            os.fsync(stream.fileno())
-        os.rename(temporary, folder / NAME)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    write_durably(folder / NAME, record.text().encode())
 
 
 def read_record(folder: Path) -> CommitRecord:

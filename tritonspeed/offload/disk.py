@@ -39,6 +39,7 @@ from tritonspeed.offload.commit_record import (
 )
 from tritonspeed.offload.direct import DiskError, Pool, Traffic
 from tritonspeed.offload.disk_flat import DiskFlat
+from tritonspeed.offload.durable import sync_folder
 from tritonspeed.offload.heap import give_back_freed_blocks
 from tritonspeed.offload.options import Requests
 from tritonspeed.offload.page_file import PageFile, Piece, free_bytes
@@ -189,7 +190,7 @@ class DiskFolder:
             for handle in [handle for flat in synced for handle in flat.syncs()]:
                 handle.wait()
             if any(flat.has_new_name for flat in flats):  # the record must not be there before what it names
-                _sync_folder(self.folder)
+                sync_folder(self.folder)
         except OSError as error:  # asked again, the system forgets what it lost
             self._broken = f"what was written could not be synced ({error})"
             raise DiskError(error.errno, error.strerror, error.filename or str(self.folder)) from error
@@ -205,7 +206,7 @@ class DiskFolder:
         for flat in flats:
             flat.flip(flat in flips)
         try:
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:  # which of the two records a power cut leaves is not known: touch neither's files
             self._broken = f"the commit of step {step} could not be synced ({error.strerror})"
             raise DiskError(error.errno, self._broken, str(self.folder)) from error
@@ -259,7 +260,7 @@ class DiskFolder:
             _log.warning("%s: replacing what an earlier run left, damaged: %s", self.folder, error)
         with suppress(FileNotFoundError):
             (self.folder / NAME).unlink()
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.tmp")):
             path.unlink()
         others = {path.name for path in self.folder.parent.glob("rank-0-of-*")} - {f"rank-0-of-{self.world}"}
@@ -278,20 +279,12 @@ def _make(path: Path, folder: Path) -> None:
         probe = folder / "lock"
         os.close(os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
         for above in (folder, folder.parent, path):
-            _sync_folder(above)
+            sync_folder(above)
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be written: {error.strerror}: name a folder of a local disk that this user may write to "
             "(nvme_path)"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hold(folder: Path) -> int:

@@ -18,11 +18,11 @@ from tritonspeed.zero.chunk import Chunk
 from tritonspeed.zero.homes import Homes
 from tritonspeed.zero.late import LateUpdates
 from tritonspeed.zero.layout import Span
+from tritonspeed.zero.tensor_files import PART_ELEMS
 from tritonspeed.zero.tile import Tile
 
 Names = set[str]  # of parameters
 _CODE = "_code"  # what AdamW calls the codes of a moment in 8 bits
-PART_ELEMS = 4 * 2**20  # read at once: 16 MiB of fp32
 
 
 class ShardedStates:
@@ -106,17 +106,19 @@ class ShardedStates:
                 state = self.inner.state.get(chunk.master, {})
                 numbers = {key: float(value) for key, value in state.items() if _is_number(value)}
                 names = {piece.span.name for piece in chunk.pieces()}
-                known = next((have for have, with_them in found if have == numbers and numbers), None)
+                known = next((with_them for have, with_them in found if have == numbers), None)
                 if known is not None:
-                    next(with_them for have, with_them in found if have is known).update(names)
+                    known.update(names)
                 elif numbers:
                     found.append((numbers, names))
         return found
 
     def dtype(self, bucket: Bucket, key: str) -> torch.dtype:
-        """What holds every value of the tensor ``key`` of a bucket as it is."""
-        found = [values.dtype for values, _ in self.views(bucket, key, *bucket.owned)]
-        return functools.reduce(torch.promote_types, found, found[0])
+        """What holds every value of the tensor ``key`` of a bucket as it is: fp32, of what is kept in 8 bits."""
+        states = [self.inner.state.get(c.master, {}) for tile in self.tiles_in[id(bucket)] for c in tile.chunks]
+        found = [torch.float32 for state in states if f"{key}{_CODE}" in state]
+        found += [state[key].dtype for state in states if isinstance(state.get(key), Tensor)]
+        return functools.reduce(torch.promote_types, found)
 
     def flat_of(self, bucket: Bucket, key: str) -> DiskFlat | None:
         """The files of the tensor ``key`` of a bucket; None where it is in memory."""

@@ -38,10 +38,10 @@ from tritonspeed.checkpoint.deepspeed.layout import Place, items, shared_place
 from tritonspeed.checkpoint.deepspeed.torch_file import TorchFile
 from tritonspeed.checkpoint.deepspeed.values import Held, HeldSource, whole
 from tritonspeed.checkpoint.errors import CorruptCheckpoint, MismatchedCheckpoint
-from tritonspeed.checkpoint.folder import sync_folder
 from tritonspeed.checkpoint.manifest import plain_name
 from tritonspeed.checkpoint.record import GRADIENT, MASTER, OUTBOX, PARAMETERS
 from tritonspeed.checkpoint.source import Source
+from tritonspeed.offload.durable import sync_folder
 from tritonspeed.zero.tensor_files import some_names
 
 ZERO, STATE, FP32 = "zero", "optimizer_state.pt", "fp32"
