@@ -46,8 +46,8 @@ def imports_torch_distributed(tree: ast.Module, place: str) -> Iterator[Violatio
 
 
 def reads_environment(tree: ast.Module, place: str) -> Iterator[Violation]:
-    """What a run depends on is in its config, or in what a launcher tells comm/."""
-    if place.startswith(("comm/", "cli/")):
+    """What a run depends on is in its config, or in what a launcher tells comm/. integrations/ meets other programs."""
+    if place.startswith(("comm/", "cli/", "integrations/")):
         return
     for node in ast.walk(tree):
         if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")) or (
@@ -209,7 +209,8 @@ def test_importing_the_package_or_its_config_imports_no_torch():
 
 
 def test_importing_everything_starts_no_device():
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
+    paths = [path for path in FILES if path.parent.parent.name != "path"]  # what stands there is imported as deepspeed
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
     modules = [name.removesuffix(".__init__") for name in modules if not name.endswith("__main__")]
     program = f"import importlib, torch\nfor name in {modules}: importlib.import_module(name)\n"
     assert run(program + "print(torch.cuda.is_initialized(), torch.distributed.is_initialized())") == "False False\n"

@@ -37,6 +37,7 @@ from tritonspeed.cli.plan import (
 )
 from tritonspeed.cli.remote import Ssh, command_for, is_this_machine, run_hosts
 from tritonspeed.cli.run_flags import add_arguments, refuse
+from tritonspeed.integrations.finder import path_variables
 
 __all__ = ["add_arguments", "run"]
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     refuse(args)
     script = _script(args)
     env = variables.read_files(os.environ, Path.home(), Path.cwd())
+    env |= path_variables({**os.environ, **env})  # `import deepspeed` finds tritonspeed
     hosts = _read_hosts(args)
     if hosts:
         return _run_hosts(args, script, env, hosts)

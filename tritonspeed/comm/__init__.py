@@ -17,19 +17,30 @@ from tritonspeed.comm.collectives import (
     reduce_scatter,
     sum_,
 )
-from tritonspeed.comm.mesh import Mesh, init_distributed, is_initialized, mesh_of, shutdown, tuned_folder
+from tritonspeed.comm.mesh import (
+    Mesh,
+    backend_name,
+    init_distributed,
+    is_initialized,
+    local_rank,
+    mesh_of,
+    shutdown,
+    tuned_folder,
+)
 
 __all__ = [
     "Mesh",
     "Pending",
     "all_gather_",
     "all_to_all",
+    "backend_name",
     "broadcast_",
     "broadcast_text",
     "exchange",
     "gather_texts",
     "init_distributed",
     "is_initialized",
+    "local_rank",
     "mesh_of",
     "read_scalars",
     "reduce_scatter",

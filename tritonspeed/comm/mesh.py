@@ -63,8 +63,18 @@ def is_initialized() -> bool:
 def local_device() -> torch.device:
     """The accelerator of this rank (LOCAL_RANK), or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def local_rank() -> int:
+    """This rank's number on its host, as the launcher says (LOCAL_RANK); 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def backend_name() -> str:
+    """The default process group's backend: "gloo", "nccl"."""
+    return str(dist.get_backend())
 
 
 def tuned_folder() -> str | None:
@@ -79,22 +89,27 @@ def init_distributed(
     init_method: str | None = None,
     rank: int = -1,
     world_size: int = -1,
+    alone: bool = False,
 ) -> None:
     """Start the default process group from the environment a launcher sets; a no-op where it exists.
 
-    Without a launcher (no RANK in the environment) this process is alone and no group is made.
+    Without a launcher (no RANK in the environment) this process is alone, and no group is made unless ``alone``.
 
     Args:
         dist_backend: "nccl", "gloo"; None takes nccl on GPUs and gloo on CPUs.
         distributed_port: used where MASTER_PORT is not set.
         timeout: how long a collective may take before it fails; None means 600 s.
         init_method, rank, world_size: as ``torch.distributed.init_process_group``; read from the environment if left
-        out.
+            out.
+        alone: without a launcher make a group of this one process, for programs that want to find one.
     """
     if is_initialized():
         return
+    store = None
     if init_method is None and "RANK" not in os.environ:
-        return
+        if not alone:
+            return
+        store, rank, world_size = dist.HashStore(), 0, 1
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(distributed_port))
     device = local_device()
@@ -106,6 +121,7 @@ def init_distributed(
     dist.init_process_group(
         backend=dist_backend or ("nccl" if device.type == "cuda" else "gloo"),
         init_method=init_method,
+        store=store,
         timeout=timeout,
         rank=rank,
         world_size=world_size,

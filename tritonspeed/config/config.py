@@ -2,11 +2,12 @@
 
 import warnings
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tritonspeed.config.answers import Answer, answers
 from tritonspeed.config.auto import ModelFacts, fill
 from tritonspeed.config.batch import implied_world_size
-from tritonspeed.config.keys import AUTO
+from tritonspeed.config.keys import AUTO, value_at
 from tritonspeed.config.parse import Given, Parse, Unknown
 from tritonspeed.config.read import Source, read
 from tritonspeed.config.schema import Knobs
@@ -61,6 +62,28 @@ class Config(Knobs):
     def note(self, path: str) -> str:
         """How `resolve` arrived at the value of this key; "" if it was given or is a plain default."""
         return self.origin.notes.get(path, "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the config set, in today's names, with the values in use: nested dicts, as the file has them."""
+        tree: dict[str, Any] = {}
+        for each in self.origin.given:
+            *blocks, name = each.path.split(".")
+            place = tree
+            for block in blocks:
+                place = place.setdefault(block, {})
+            if name not in place:  # an open block holds its entries already
+                place[name] = value_at(self, each.path)
+        return tree
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A block or value of ``as_dict``: programs that expect the dict of a ds_config.json read this too."""
+        return self.as_dict().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.as_dict()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.as_dict()
 
     @property
     def implied_world_size(self) -> int | None:

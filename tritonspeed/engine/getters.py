@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tritonspeed import comm
 from tritonspeed.config.keys import value_at
 from tritonspeed.estimation import Achieved, Machine, achieved, calibrate
 
@@ -196,8 +197,8 @@ class Getters:
 
     @property
     def local_rank(self) -> int:
-        """This rank's accelerator; 0 on a CPU."""
-        return self.mesh.device.index or 0
+        """This rank's number on its host, as the launcher says."""
+        return comm.local_rank()
 
     @property
     def world_size(self) -> int:

@@ -16,6 +16,7 @@ from tritonspeed.comm import Mesh
 from tritonspeed.config import Config, ModelFacts, load
 from tritonspeed.engine.engine import Engine
 from tritonspeed.engine.loader import TrainingLoader
+from tritonspeed.log import speak
 from tritonspeed.optim import build_optimizer, build_scheduler, mark_hidden_matrices
 from tritonspeed.precision import LossScaler, Policy
 from tritonspeed.zero import ShardedModel, ShardOptions, ZeroOptimizer
@@ -163,11 +164,7 @@ def _announce(config: Config, mesh: Mesh) -> None:
     """Once, on rank 0: which default of gradient clipping applies, and why."""
     if mesh.rank != 0:
         return
-    if not log.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[tritonspeed] %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
+    speak()
     if not config.is_given("gradient_clipping"):
         log.info(
             "gradient_clipping is not in the config: %g applies (%s)",

@@ -76,7 +76,7 @@ class Bucket(Gradient):
         super().__init__()
         self.name, self.layout, self.types = plan.name, plan.layout, plan.types
         self.parameters = list(plan.parameters)
-        self.mesh, self.ledger, self.homes = mesh, ledger, homes
+        self.mesh, self.ledger, self.homes, self.stage = mesh, ledger, homes, stage
         self.tier, self.shard_tier = homes.tiers(plan.name) if homes else (Tier.DEVICE, Tier.DEVICE)
         self.trainable = plan.trainable and trains
         self.frees = stage.shards_parameters and not plan.persistent

@@ -1,0 +1,7 @@
+"""Hugging Face, Lightning and every other program that says ``import deepspeed``.
+
+``names`` is the table: each name of DeepSpeed's surface, and what stands behind it here · ``facade`` makes modules of
+the table · ``finder`` puts them where Python looks, and tells importlib.metadata · ``start`` a process group that
+Accelerate finds too · ``parameters`` what ``ds_id`` and its kin answer · ``stand_ins`` the few objects that are not an
+alias. Logic of training does not live here: what a script reaches through these names is tritonspeed's own.
+"""
