@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "integrations"))
 
-from cases import CASES, RECORDED, SCRIPTS, Case  # noqa: E402
-from conftest import OFFLINE, differences, run_case  # noqa: E402
+from script_cases import CASES, RECORDED, SCRIPTS, Case  # noqa: E402
+from script_runs import OFFLINE, differences, run_case  # noqa: E402
 
 TIMEOUT_S = 600
 

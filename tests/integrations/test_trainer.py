@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import TRAINER
+from script_cases import TRAINER
 
 
 @pytest.mark.parametrize("case", TRAINER, ids=lambda case: case.name)
