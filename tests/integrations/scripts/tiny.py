@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:  # scripts without Hugging Face run where it is not installed
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 64
 
@@ -32,11 +34,15 @@ def arguments(**more: Any) -> argparse.ArgumentParser:
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     """A Llama of 30 thousand parameters; seed before."""
+    from transformers import LlamaForCausalLM
+
     return LlamaForCausalLM(tiny_config(**changes))
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
     """Its config."""
+    from transformers import LlamaConfig
+
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaConfig(**{**sizes, **heads, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes})
