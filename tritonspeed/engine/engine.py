@@ -15,6 +15,7 @@ from tritonspeed import comm
 from tritonspeed.config import Config
 from tritonspeed.engine.explain import explain_plan
 from tritonspeed.engine.getters import Getters
+from tritonspeed.engine.observing import Observing
 from tritonspeed.engine.report import StepReport
 from tritonspeed.engine.saving import Saving
 from tritonspeed.engine.weights import Weights
@@ -27,7 +28,7 @@ log = logging.getLogger("tritonspeed")
 _driving: list[Engine] = []  # engines inside ``backward``, which has scaled the loss: the innermost last
 
 
-class Engine(Getters, Saving, Weights, nn.Module):
+class Engine(Getters, Saving, Weights, Observing, nn.Module):
     """A sharded model, its optimizer and schedule, stepped together. Made by ``initialize``.
 
     Calls and names are DeepSpeed's; attributes that are not the engine's are the module's.
@@ -71,6 +72,7 @@ class Engine(Getters, Saving, Weights, nn.Module):
         hooks.on_discard = self._on_discard
         self._plan_sending()
         self._watch_signals()
+        self._begin_observing()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -216,15 +218,16 @@ class Engine(Getters, Saving, Weights, nn.Module):
         ledger.reset_peaks()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.mesh.device)
-        if self.mesh.rank == 0:
-            self._log(self.last_step)
-
-    def _log(self, report: StepReport) -> None:
-        """A step that was not finite always; the facts every ``steps_per_print``; the times as often, if they are
-        asked for."""
         every = self.config.steps_per_print
         prints = bool(every) and every != float("inf")
-        due = prints and report.step % max(1, int(every or 1)) == 0
+        due = prints and self.global_steps % max(1, int(every or 1)) == 0
+        if self.mesh.rank == 0:
+            self._log(self.last_step, due, prints)
+        self._observe_step(self.last_step, due or not prints)
+
+    def _log(self, report: StepReport, due: bool, prints: bool) -> None:
+        """A step that was not finite always; the facts every ``steps_per_print``; the times as often, if they are
+        asked for."""
         if report.skipped_reason:
             log.warning("step %d: %s", report.step, report.skipped_reason)
         elif due:
@@ -303,6 +306,7 @@ class Engine(Getters, Saving, Weights, nn.Module):
 
     def destroy(self) -> None:
         """Give the module back as it was: whole on every rank, without hooks. Collective at stage 3."""
+        self._end_observing()
         self.wait_for_checkpoint()
         self._saver = None
         if self._signals is not None:
