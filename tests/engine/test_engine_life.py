@@ -226,15 +226,6 @@ def test_a_destroyed_engine_leaves_no_state_behind(stage):
     assert model(*batch(0, 0)).isfinite()
 
 
-def test_a_model_that_an_engine_holds_is_not_given_to_another():
-    model = make_net()
-    engine = make(settings(2), model)
-    with pytest.raises(ValueError, match=r"destroy\(\)"):
-        make(settings(2), model)
-    engine.destroy()
-    assert train(make(settings(2), model), range(1))
-
-
 # the config's traps, where they reach the engine
 
 

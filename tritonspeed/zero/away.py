@@ -151,8 +151,13 @@ class Away:
         """Raise if ``call`` needs what is away.
 
         Raises:
-            ValueError: something is away.
+            ValueError: something is away, or the whole model is another's now.
         """
+        if self.sharded.taken_over:
+            raise ValueError(
+                f"{call} of an engine whose model was given to initialize() or zero.shard() again: the later one trains"
+                " it now"
+            )
         if self._stored:
             raise ValueError(f"{call} while {', '.join(self.kinds)} are in host memory: call reload_states() first")
 

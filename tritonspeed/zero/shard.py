@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,11 @@ class ShardedModel:
         mesh: the ranks; None is everyone.
         trains: False where no optimizer will be attached: then nothing is kept for one.
 
+    A model that is sharded already, as a whole, is taken over, one unit at a time: whoever managed it before (an engine
+    for training, and this one evaluates) cannot step it any more.
+
     Raises:
-        ValueError: the model, or a part of it, is sharded already.
+        ValueError: a part of a model that is sharded already, or a sharded model whose state is on disk.
     """
 
     def __init__(
@@ -58,7 +62,10 @@ class ShardedModel:
         mesh: Mesh | None = None,
         trains: bool = True,
     ) -> None:
-        _check_free(model)
+        earlier = _whom_it_follows(model)
+        for each in earlier:
+            each.give_up()
+        self.taken_over = False
         self.model, self.options, self.trains = model, options or ShardOptions(), trains
         self.stage: Stage = stage_of(stage)
         self.mesh = mesh or comm.mesh_of()
@@ -76,6 +83,8 @@ class ShardedModel:
             self.options.offload, self.mesh, self.stage, self.ledger, [plan for plans in buckets for plan in plans]
         )
         self.groups = [self._build_group(i, plan) for i, plan in enumerate(self.plans)]
+        for each in earlier:
+            each.homes.close()
         self._move_buffers()
         trainable = departure_order(self.groups)
         self.reducer = Reducer(
@@ -101,6 +110,7 @@ class ShardedModel:
         plans = plan_buckets(plan, self.mesh.world, self.policy, self.options.wire)
         buckets = [Bucket(p, self.mesh, self.stage, self.ledger, self.trains, self.homes) for p in plans]
         made = Group(index, plan.name, buckets, plan.modules)
+        made.owner = ref(self)
         for group in earlier:
             group.disown(parameters)
             group.release("regroup")
@@ -159,6 +169,18 @@ class ShardedModel:
         order = self.model.state_dict(keep_vars=True)
         return {name: tensors[name] for name in order if name in tensors}
 
+    def give_up(self) -> None:
+        """Let another sharded model take the parameters over; nothing can be stepped here any more."""
+        self.taken_over = True
+        self.hooks.remove()
+        if self.stepper is not None:
+            self.stepper.retire()
+        self._let_go_of_model()
+
+    def _let_go_of_model(self) -> None:
+        if self.model.__dict__.get("_tritonspeed") is self:
+            del self.model.__dict__["_tritonspeed"]
+
     def destroy(self) -> None:
         """Take the hooks off and make the model an ordinary one again, whole on every rank. Collective at stage 3."""
         self.hooks.remove()
@@ -168,8 +190,7 @@ class ShardedModel:
         if self.stepper is not None:
             self.stepper.late.finish()
         self.homes.close()
-        if self.model.__dict__.get("_tritonspeed") is self:
-            del self.model.__dict__["_tritonspeed"]
+        self._let_go_of_model()
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied or pickled model is an ordinary one: see ``guard``
@@ -186,15 +207,29 @@ def _choose_host_step(num_elems: int, mesh: Mesh) -> None:
         use_host_step("chunked")
 
 
-def _check_free(model: nn.Module) -> None:
-    """What ``zero.Init`` has sharded is to be taken over; what another sharded model manages is not."""
-    for name, p in model.named_parameters():
+def _whom_it_follows(model: nn.Module) -> list[ShardedModel]:
+    """Sharded models that this one takes over: what they manage is all in ``model``.
+
+    Raises:
+        ValueError: it is not, or their state is on disk, in files that this one would write too.
+    """
+    named = list(model.named_parameters())
+    mine = {id(p) for _, p in named}
+    found: dict[int, ShardedModel] = {}
+    for name, p in named:
         group = group_of(p)
-        if group is not None and group.keeper is None:
+        owner = group.owner() if group is not None and group.owner is not None else None
+        if owner is None or id(owner) in found:
+            continue
+        shared = {id(q) for bucket in owner.buckets for q in bucket.parameters} <= mine
+        if not shared or owner.homes.folders:
+            why = "that has its state on disk" if shared else "that manages other parameters too"
             raise ValueError(
-                f"{name!r} is sharded already, by an engine or zero.shard() that still manages it: destroy() that one"
-                " first, or give this one a copy of the model made before"
+                f"{name!r} is sharded already, by an engine or zero.shard() {why}: destroy() that one first, or give"
+                " this one a copy of the model made before"
             )
+        found[id(owner)] = owner
+    return list(found.values())
 
 
 def shard(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tritonspeed.comm import Mesh, Pending
+from tritonspeed.comm.spans import NORM, PUBLISH, UPDATE_WAIT, UPDATED
 from tritonspeed.kernels.flat_update import COPY_DTYPES
 from tritonspeed.offload import Tier
 from tritonspeed.offload.stream import Buffer, Ring
@@ -126,7 +127,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for bucket in buckets:
                 bucket.keep_rounded()
         self.last: StepFacts | None = None
-        self.overflow = False
+        self.overflow = self.retired = False
         self._state_bytes: dict[int, int] = {}  # as entered in the ledger, by bucket
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state  # one truth, the inner optimizer's
@@ -171,6 +172,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         longest = max(t.hi - t.lo for tiles in self._tiles_in.values() for t in tiles if t.needs_buffer)
         return Buffer(round_up(longest, PAGE_ELEMS), empty)
 
+    def retire(self) -> None:
+        """Drop the states: the model is sharded anew by another. Updates under way are ended first."""
+        self.late.finish()
+        self.retired = True
+        for group in self.inner.param_groups:
+            group["params"] = []
+        for held in (self.inner.state, self.chunks, self._tiles_in, self._chunks_in, self._group_of):
+            held.clear()
+
     @property
     def loss_scale(self) -> float:
         """What the next loss is to be multiplied with."""
@@ -190,10 +200,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("a closure cannot be re-evaluated inside a sharded step: call backward, then step()")
-        self.late.finish()
+        if self.retired:
+            raise ValueError("step() of an optimizer whose model was sharded again: step the later one's optimizer")
+        spans = self.mesh.spans
+        with spans.span(UPDATE_WAIT, "", on_host=True):
+            self.late.finish()
         self._fetch_ahead()
         try:
-            norm, not_finite = measure(self.buckets, self.mesh, self.reducer, self.divisor)
+            with spans.span(NORM, ""):
+                norm, not_finite = measure(self.buckets, self.mesh, self.reducer, self.divisor)
         except BaseException:
             self._ring.forget()
             raise
@@ -217,8 +232,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.num_steps += 1
         for bucket in self.buckets:
             bucket.land()
-        for done in [b.complete_grad() for b in self.buckets if b.has_grad]:
-            done.wait()
+        with self.mesh.spans.span(PUBLISH, "sums"):
+            for done in [b.complete_grad() for b in self.buckets if b.has_grad]:
+                done.wait()
         now, late = self._now_and_late()
         scale = self._scale_on(coefficient)
         if self.whole is not None:
@@ -272,14 +288,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         resident = [bucket for bucket in buckets if not is_staged(bucket, self.homes)]
         if not hasattr(self.inner, "step_flat_"):
             chunks = [chunk for bucket in resident if bucket.has_grad for chunk in self.chunks_of(bucket)]
-            self._step_generic([(chunk, chunk.gradient()) for chunk in chunks], scale)
+            with self.mesh.spans.span(UPDATED, "all"):
+                self._step_generic([(chunk, chunk.gradient()) for chunk in chunks], scale)
         tiles = [tile for bucket in buckets for tile in self._tiles_in[id(bucket)]]
         for tile in tiles:
             tile.has_left = False
         left = deque(buckets)
         for tile in self._ring.stream(tiles):
             for chunk in tile.chunks:
-                self._update_chunk(tile, chunk, scale[chunk.master.device], groups)
+                with self.mesh.spans.span(UPDATED, tile.bucket.name, on_host=chunk.master.device.type == "cpu"):
+                    self._update_chunk(tile, chunk, scale[chunk.master.device], groups)
             while left and self._has_left(left[0]):
                 yield left.popleft()
         yield from left
@@ -314,29 +332,35 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """LAMB and Muon, round by round; all of it is on the device."""
         assert self.whole is not None, "an optimizer that needs whole tensors"
         for buckets in self.whole.rounds:
-            self.whole.begin([bucket for bucket in buckets if bucket.has_grad], scale[self.mesh.device])
+            with self.mesh.spans.span(UPDATED, "whole tensors"):
+                self.whole.begin([bucket for bucket in buckets if bucket.has_grad], scale[self.mesh.device])
             self._publish_each(self._updated_whole(buckets, scale[self.mesh.device]))
-            self.whole.end()
+            with self.mesh.spans.span(UPDATED, "whole tensors"):
+                self.whole.end()
 
     def _updated_whole(self, buckets: list[Bucket], scale: Tensor) -> Iterator[Bucket]:
         assert self.whole is not None, "an optimizer that needs whole tensors"
         for bucket in buckets:
-            for tile in self._tiles_in[id(bucket)] if bucket.has_grad else ():
-                for chunk in tile.chunks:
-                    if self.whole.takes(chunk):
-                        self.whole.update(chunk, tile.copy_of(chunk))
-                    else:
-                        self._update_chunk(tile, chunk, scale, None)
+            with self.mesh.spans.span(UPDATED, bucket.name):
+                for tile in self._tiles_in[id(bucket)] if bucket.has_grad else ():
+                    for chunk in tile.chunks:
+                        if self.whole.takes(chunk):
+                            self.whole.update(chunk, tile.copy_of(chunk))
+                        else:
+                            self._update_chunk(tile, chunk, scale, None)
             yield bucket
 
     def _publish_each(self, updated: Iterable[Bucket]) -> None:
         published: list[Pending] = []
+        spans = self.mesh.spans
         for bucket in updated:
-            published.append(bucket.publish())
-            if len(published) > PUBLISHED_AT_ONCE:
-                published.pop(0).wait()
-        for pending in published:
-            pending.wait()
+            with spans.span(PUBLISH, bucket.name):
+                published.append(bucket.publish())
+                if len(published) > PUBLISHED_AT_ONCE:
+                    published.pop(0).wait()
+        with spans.span(PUBLISH, "rest"):
+            for pending in published:
+                pending.wait()
 
     def _end_update(self) -> None:
         """Everything has been updated: what is on disk becomes the truth."""
