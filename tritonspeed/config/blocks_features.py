@@ -35,7 +35,9 @@ class TensorParallel:
     )
     dtype: Dtype | None = key(None, "type the model is converted to", inert=WITH_TENSOR_PARALLEL)
     tp_overlap_comm: bool = key(False, "overlap its all-reduces", inert=WITH_TENSOR_PARALLEL)
-    tp: TensorParallelSize = block(TensorParallelSize, "sizes")
+    tp: TensorParallelSize = block(TensorParallelSize, "sizes", aliases=("tensor_parallel",))
+    vocab_parallel_lm_head: bool = key(False, "split the head over the vocabulary", inert=WITH_TENSOR_PARALLEL)
+    vocab_parallel_ce_backend: str | None = key(None, "loss of a split head", inert=WITH_TENSOR_PARALLEL)
     injection_policy_tuple: list[str] | None = key(None, "layers to split", inert=WITH_TENSOR_PARALLEL)
     partition_config: dict[str, Any] | None = key(None, "rules of the split", inert=WITH_TENSOR_PARALLEL)
     preset_model: str | None = key(None, "named rules of the split", inert=WITH_TENSOR_PARALLEL)
@@ -100,6 +102,7 @@ class Compile:
         "move activations to the host",
         refuse=unless(False, use="set it to false, and activation_checkpointing.cpu_checkpointing to true"),
     )
+    offload_activation_pin_memory: bool = key(True, "page-locked", inert="acts only with deepcompile")
     offload_opt_states: bool = key(
         False,
         "move states to the host",
@@ -120,6 +123,7 @@ class Compile:
     keep_int_input_tensors: bool = key(True, "debug", inert="acts only with deepcompile")
     keep_all_input_tensors: bool = key(False, "debug", inert="acts only with deepcompile")
     passes: list[str] | None = key(None, "graph passes", inert="acts only with deepcompile")
+    autoep_non_moe: bool = key(False, "compile around experts", inert="acts only with expert_parallel")
     enabled: bool = key(False, "DeepSpeed 0.14's switch", inert=COMPILE_NOTE)
     disable: bool = key(True, "an older switch, the other way round", inert=COMPILE_NOTE)
     backend: str | None = key(None, "torch.compile's backend", inert=COMPILE_NOTE)

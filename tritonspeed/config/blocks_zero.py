@@ -122,7 +122,9 @@ class ZeroOptimization:
         inert=stage3_only,
     )
     leaf_module: LeafModule = block(LeafModule, "modules gathered whole")
-    ignore_unused_parameters: bool = key(True, "false: a trainable parameter without a gradient is an error")
+    ignore_unused_parameters: bool = key(
+        True, "false: a trainable parameter without a gradient is an error", old=("find_unused_parameters",)
+    )
     offload_optimizer: OffloadOptimizer = block(OffloadOptimizer, "offload of optimizer states")
     offload_param: OffloadParam = block(OffloadParam, "offload of parameters")
 
@@ -146,6 +148,17 @@ class ZeroOptimization:
     )
     elastic_checkpoint: bool = key(
         False, "load at another world size", inert="every checkpoint loads at any world size and stage"
+    )
+    ignore_missing_optim_state: bool = key(
+        False,
+        "load a checkpoint that lacks some states",
+        inert="a parameter that a checkpoint has no states for starts with none, and that is no error",
+    )
+    compute_grad_norm: bool = key(
+        True, "measure the gradients' norm", inert="it is measured on the way: a non-finite gradient shows in it"
+    )
+    parameter_alignment: bool = key(
+        False, "align parameters in flat buffers", inert="each parameter starts on a 256-byte boundary already"
     )
     legacy_stage1: bool = key(
         False, "the stage 1 of 2020", refuse=unless(False, use="remove it: there is one implementation of stage 1")
