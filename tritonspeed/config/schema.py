@@ -23,6 +23,7 @@ from tritonspeed.config.blocks_monitoring import (
     CommsLogger,
     CsvMonitor,
     FlopsProfiler,
+    JsonlMonitor,
     Tensorboard,
     Timers,
     Trackio,
@@ -33,6 +34,8 @@ from tritonspeed.config.blocks_precision import Bf16, DataTypes, Fp16, TorchAuto
 from tritonspeed.config.blocks_training import Optimizer, Scheduler
 from tritonspeed.config.blocks_zero import ZeroOptimization
 from tritonspeed.config.keys import Dtype, above, block, key, present
+
+OFF = "nothing in it is switched on"
 
 
 def _clipping_note(norm: Any) -> str:
@@ -111,7 +114,7 @@ class Knobs:
 
     tensor_parallel: TensorParallel = block(TensorParallel, "tensor parallelism")
     expert_parallel: dict[str, Any] = key(
-        {}, "expert parallelism", inert="off", refuse=FEATURE_GATES["expert_parallel"]
+        {}, "expert parallelism", inert=OFF, refuse=FEATURE_GATES["expert_parallel"]
     )
     hybrid_engine: HybridEngine = block(HybridEngine, "training and generation")
     activation_checkpointing: ActivationCheckpointing = block(
@@ -125,35 +128,35 @@ class Knobs:
     weight_quantization: dict[str, Any] = key(
         {},
         "quantised weights for inference",
-        inert="off",
+        inert=OFF,
         refuse=present("comes with the inference work; remove the block (weights keep their type)"),
     )
     sparse_attention: dict[str, Any] = key(
         {},
         "block-sparse attention",
-        inert="off",
+        inert=OFF,
         refuse=present("not built; remove the block, and choose attention in the model"),
     )
-    amp: dict[str, Any] = key({}, "Apex AMP", inert="off", refuse=FEATURE_GATES["amp"])
-    autotuning: dict[str, Any] = key({}, "search of settings", inert="off", refuse=FEATURE_GATES["autotuning"])
+    amp: dict[str, Any] = key({}, "Apex AMP", inert=OFF, refuse=FEATURE_GATES["amp"])
+    autotuning: dict[str, Any] = key({}, "search of settings", inert=OFF, refuse=FEATURE_GATES["autotuning"])
     data_efficiency: dict[str, Any] = key(
-        {}, "data sampling and routing", inert="off", refuse=FEATURE_GATES["data_efficiency"]
+        {}, "data sampling and routing", inert=OFF, refuse=FEATURE_GATES["data_efficiency"]
     )
     curriculum_learning: dict[str, Any] = key(
-        {}, "the curriculum block before data_efficiency", inert="off", refuse=FEATURE_GATES["curriculum_learning"]
+        {}, "the curriculum block before data_efficiency", inert=OFF, refuse=FEATURE_GATES["curriculum_learning"]
     )
     compression_training: dict[str, Any] = key(
-        {}, "quantisation and pruning in training", inert="off", refuse=FEATURE_GATES["compression_training"]
+        {}, "quantisation and pruning in training", inert=OFF, refuse=FEATURE_GATES["compression_training"]
     )
-    eigenvalue: dict[str, Any] = key({}, "curvature estimate", inert="off", refuse=FEATURE_GATES["eigenvalue"])
+    eigenvalue: dict[str, Any] = key({}, "curvature estimate", inert=OFF, refuse=FEATURE_GATES["eigenvalue"])
     quantize_training: dict[str, Any] = key(
-        {}, "mixture of quantisation", inert="off", refuse=FEATURE_GATES["quantize_training"]
+        {}, "mixture of quantisation", inert=OFF, refuse=FEATURE_GATES["quantize_training"]
     )
-    nebula: dict[str, Any] = key({}, "checkpoint service", inert="off", refuse=FEATURE_GATES["nebula"])
+    nebula: dict[str, Any] = key({}, "checkpoint service", inert=OFF, refuse=FEATURE_GATES["nebula"])
     datastates_ckpt: dict[str, Any] = key(
         {},
         "checkpoint engine",
-        inert="off",
+        inert=OFF,
         refuse=present("a checkpoint engine that is not supported; remove the block"),
     )
     pipeline: dict[str, Any] = key(
@@ -165,6 +168,7 @@ class Knobs:
     tensorboard: Tensorboard = block(Tensorboard, "TensorBoard")
     wandb: Wandb = block(Wandb, "Weights & Biases")
     csv_monitor: CsvMonitor = block(CsvMonitor, "CSV files")
+    jsonl_monitor: JsonlMonitor = block(JsonlMonitor, "a line of JSON for each step")
     comet: Comet = block(Comet, "Comet")
     trackio: Trackio = block(Trackio, "Trackio")
     comms_logger: CommsLogger = block(CommsLogger, "log of collectives")
@@ -172,6 +176,9 @@ class Knobs:
     timers: Timers = block(Timers, "timers")
     memory_breakdown: bool = key(False, "print memory", inert="engine.last_step.peak_bytes says it for every step")
     dump_state: bool = key(False, "print the engine's state", inert="engine.explain() prints the plan")
+    disable_python_gc: bool = key(
+        False, "no collection of cycles", inert="Python's collector is the program's own: call gc.disable()"
+    )
     disable_allgather: bool = key(False, "debug", inert="without the all-gather parameters would be stale")
     vocabulary_size: int | None = key(
         None, "warn if not a multiple of 8", inert="the model knows its vocabulary", low=1
