@@ -3,6 +3,7 @@
 ``mesh``         who is here: process groups, ranks, the device of this rank
 ``collectives``  all-gather in place, reduce-scatter with an exact fp32 sum, small exchanges
 ``flight``       what every rank has issued: a rolling hash, a log of the last operations, a watchdog
+``spans``        what took how long on this rank, while somebody listens
 """
 
 from tritonspeed.comm.collectives import (
@@ -27,10 +28,13 @@ from tritonspeed.comm.mesh import (
     shutdown,
     tuned_folder,
 )
+from tritonspeed.comm.spans import Span, Spans
 
 __all__ = [
     "Mesh",
     "Pending",
+    "Span",
+    "Spans",
     "all_gather_",
     "all_to_all",
     "backend_name",

@@ -9,6 +9,7 @@ cores, and the fixed order is what makes every ZeRO stage give the same bits. NC
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tritonspeed.comm.flight import first_difference
 from tritonspeed.comm.mesh import Mesh
 from tritonspeed.comm.shared import SharedWindows, Stream
+from tritonspeed.comm.spans import Span
 
 _TAGS = 1 << 20  # p2p tags are reused after this many operations, long after the first has ended
 
@@ -31,10 +33,18 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 class Pending:
     """A collective under way. ``wait()`` returns when its result may be read and its inputs reused; twice is once."""
 
-    __slots__ = ("_finish", "_mesh", "_works")
+    __slots__ = ("_finish", "_mesh", "_span", "_works")
 
     def __init__(self, mesh: Mesh, works: list[dist.Work], finish: Callable[[], None] | None = None) -> None:
         self._mesh, self._works, self._finish = mesh, works, finish
+        self._span: Span | None = None
+
+    def observed(self, span: Span | None, *tensors: Tensor) -> Pending:
+        """The same; ``span`` ends with it. ``tensors`` are what it reads and writes."""
+        self._span = span
+        if span is not None and self._mesh.backend == "nccl":
+            self._mesh.spans.watch(span, self._works, *tensors)
+        return self
 
     def wait(self) -> None:
         """Block (the host on gloo, the current stream on NCCL) until the result is there."""
@@ -49,6 +59,8 @@ class Pending:
                     work.wait(timedelta(seconds=self._mesh.timeout_s))
             if finish is not None:
                 finish()
+        if self._span is not None:
+            self._span.close()
 
 
 def _exchange_point_to_point(mesh: Mesh, sends: Sequence[Tensor], recvs: Sequence[Tensor]) -> list[dist.Work]:
@@ -74,6 +86,11 @@ def all_gather_(mesh: Mesh, whole: Tensor, unit: str) -> Pending:
     if mesh.world == 1:
         return Pending(mesh, [])
     mesh.flight.record("all-gather", unit, whole.numel())
+    span = mesh.spans.collective("all-gather", unit, whole.nbytes)
+    return _gather(mesh, whole).observed(span, whole)
+
+
+def _gather(mesh: Mesh, whole: Tensor) -> Pending:
     slices = whole.view(mesh.world, -1)
     if (windows := mesh.windows()) is not None and (stream := windows.open(slices[0].nbytes, 1)) is not None:
         return _gather_shared(mesh, windows, stream, slices)
@@ -102,15 +119,21 @@ def reduce_scatter(mesh: Mesh, whole: Tensor, out: Tensor, accumulate: bool, uni
     if mesh.world == 1:
         return Pending(mesh, [], lambda: _sum_into(out, [own], accumulate))
     mesh.flight.record("reduce-scatter", unit, whole.numel())
+    span = mesh.spans.collective("reduce-scatter", unit, whole.nbytes)
+    return _reduce(mesh, slices, out, accumulate).observed(span, whole, out)
+
+
+def _reduce(mesh: Mesh, slices: Tensor, out: Tensor, accumulate: bool) -> Pending:
+    own = slices[mesh.rank]
     if (windows := mesh.windows()) is not None and (stream := windows.open(own.nbytes, mesh.world - 1)) is not None:
         return _reduce_shared(mesh, windows, stream, slices, out, accumulate)
     if mesh.backend == "gloo":
-        received = whole.new_empty(mesh.world - 1, own.numel())
+        received = slices.new_empty(mesh.world - 1, own.numel())
         parts = [own if r == mesh.rank else received[r - (r > mesh.rank)] for r in range(mesh.world)]
         works = _exchange_point_to_point(mesh, list(slices.unbind()), parts)
         return Pending(mesh, works, lambda: _sum_into(out, parts, accumulate))
     reduced = torch.empty_like(own)
-    works = [_reduce_scatter_single(reduced, whole, group=mesh.group, async_op=True)]
+    works = [_reduce_scatter_single(reduced, slices.view(-1), group=mesh.group, async_op=True)]
     return Pending(mesh, works, lambda: _sum_into(out, [reduced], accumulate))
 
 
@@ -129,14 +152,15 @@ def all_to_all(
     if mesh.world == 1:
         return Pending(mesh, [])
     mesh.flight.record("all-to-all", unit, 0)  # what a rank sends is its own affair: the history is to be the same
+    span = mesh.spans.collective("all-to-all", unit, sent.nbytes)
     if mesh.backend == "gloo":
-        return Pending(mesh, _exchange_point_to_point(mesh, parts, places))
+        return Pending(mesh, _exchange_point_to_point(mesh, parts, places)).observed(span)
     works = [
         dist.all_to_all_single(
             received, sent, list(received_numels), list(sent_numels), group=mesh.group, async_op=True
         )
     ]
-    return Pending(mesh, [work for work in works if work is not None])
+    return Pending(mesh, [work for work in works if work is not None]).observed(span, sent, received)
 
 
 def _gather_shared(mesh: Mesh, windows: SharedWindows, stream: Stream, slices: Tensor) -> Pending:
@@ -221,7 +245,7 @@ def broadcast_(mesh: Mesh, tensor: Tensor, source: int, unit: str) -> None:
     mesh.flight.record("broadcast", unit, tensor.numel())
     flat = tensor if tensor.is_contiguous() else tensor.contiguous()
     payload = flat.view(torch.uint8) if flat.dtype.itemsize == 1 else flat  # gloo knows no fp8
-    with mesh.flight.waiting():
+    with mesh.spans.collective("broadcast", unit, tensor.nbytes) or nullcontext(), mesh.flight.waiting():
         dist.broadcast(payload, src=mesh.global_rank(source), group=mesh.group)
     if flat is not tensor:
         tensor.copy_(flat)
@@ -256,7 +280,7 @@ def sum_(mesh: Mesh, tensor: Tensor, unit: str) -> None:
     if mesh.world == 1:
         return
     mesh.flight.record("all-reduce", unit, tensor.numel())
-    with mesh.flight.waiting():
+    with mesh.spans.collective("all-reduce", unit, tensor.nbytes) or nullcontext(), mesh.flight.waiting():
         dist.all_reduce(tensor, group=mesh.group)
 
 
@@ -275,7 +299,7 @@ def exchange(mesh: Mesh, numbers: Tensor) -> Tensor:
     halves = torch.tensor([flight.hash >> 32, flight.hash & 0xFFFFFFFF], dtype=numbers.dtype, device=numbers.device)
     mine = torch.cat([numbers, halves])
     table = mine.new_empty(mesh.world, mine.numel())
-    with flight.waiting():
+    with mesh.spans.collective("exchange", "", table.nbytes) or nullcontext(), flight.waiting():
         _all_gather_single(table.view(-1), mine, group=mesh.group)
     if not mesh.is_simulated and (table[:, -2:] != table[:1, -2:]).any():
         histories: list[str | None] = [None] * mesh.world

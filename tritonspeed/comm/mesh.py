@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from tritonspeed.comm.flight import FlightRecorder
 from tritonspeed.comm.shared import SharedWindows, open_windows
+from tritonspeed.comm.spans import Spans
 
 DEFAULT_TIMEOUT_S = 600  # a rank that waits longer than this is stuck, not slow
 
@@ -29,6 +31,7 @@ class Mesh:
     backend: str  # "gloo", "nccl", "fake", or "none" for a single process
     group: dist.ProcessGroup | None = None
     flight: FlightRecorder = field(default_factory=FlightRecorder, compare=False)
+    spans: Spans = field(default_factory=Spans, compare=False, repr=False)  # what took how long
     timeout_s: float = DEFAULT_TIMEOUT_S  # how long to wait for another rank
     _windows: list[SharedWindows | None] = field(default_factory=list, compare=False, repr=False)
 
@@ -52,7 +55,8 @@ class Mesh:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1 and not self.is_simulated:
-            dist.barrier(group=self.group)
+            with self.spans.collective("barrier", "", 0) or nullcontext():
+                dist.barrier(group=self.group)
 
 
 def is_initialized() -> bool:
@@ -151,7 +155,7 @@ def mesh_of(group: dist.ProcessGroup | None = None, device: torch.device | None 
             device = local_device() if "nccl" in backend else torch.device("cpu")
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         store = dist.distributed_c10d._get_default_store() if world > 1 and backend != "fake" else None
-        mesh = Mesh(rank, world, device, backend, group, FlightRecorder(rank, world, store), _timeout_s)
+        mesh = Mesh(rank, world, device, backend, group, FlightRecorder(rank, world, store), timeout_s=_timeout_s)
         if not _meshes:
             # a process group that outlives the interpreter's last statement may abort the process: let go of it before
             atexit.register(_let_go)

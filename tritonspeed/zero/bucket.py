@@ -27,6 +27,7 @@ from torch.nn import Parameter
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Pending
+from tritonspeed.comm.spans import FETCH, FETCH_WAIT, GATHER_SEND, GATHER_WAIT, UPDATE_WAIT, Span
 from tritonspeed.offload import Tier
 from tritonspeed.offload.crossing import Crossing
 from tritonspeed.offload.disk import DiskFlat
@@ -93,6 +94,7 @@ class Bucket(Gradient):
         self.refuse: Callable[[], None] | None = None  # while its states are away: raises, and says who has them
         self._pending: Pending | None = None
         self._arriving: tuple[Handle, Tensor] | None = None  # the shard, on its way from the disk
+        self._fetching: Span | None = None
         self._crossing: Crossing | None = None  # the shard, last time it went from the host to the device
         self._take_values()
 
@@ -190,6 +192,10 @@ class Bucket(Gradient):
             return
         if ahead and (self.is_updating or not self._has_room()):
             return
+        with self.mesh.spans.span(GATHER_SEND, self.name, self._whole_bytes):
+            self._start_gather()
+
+    def _start_gather(self) -> None:
         self.settle()
         self._check_blank()
         self.whole.untyped_storage().resize_(self._whole_bytes)
@@ -208,6 +214,7 @@ class Bucket(Gradient):
     def _fetch_shard(self) -> tuple[Handle, Tensor]:
         assert self.shard_flat is not None, "what is fetched is on disk"
         staging = self.home.stage(self.shard_flat.numel, self.shard_flat.dtype)
+        self._fetching = self.mesh.spans.start(FETCH, self.name, staging.nbytes)
         return self.shard_flat.fetch(0, self.shard_flat.numel, staging), staging
 
     def settle(self, committed: bool = False) -> None:
@@ -221,7 +228,8 @@ class Bucket(Gradient):
         if committed and self.stepper is not None:
             self.stepper.late.finish()
         elif self.is_updating:
-            self.stepper.settle(self)
+            with self.mesh.spans.span(UPDATE_WAIT, self.name, on_host=True):
+                self.stepper.settle(self)
 
     def _check_blank(self) -> None:
         """``fill_`` and ``zero_`` are allowed to write the one element that a placeholder is. On a GPU, looking would
@@ -252,7 +260,10 @@ class Bucket(Gradient):
         if self.shard_flat is not None:
             handle, staging = self._arriving or self._fetch_shard()
             self._arriving = None
-            handle.wait()
+            with self.mesh.spans.span(FETCH_WAIT, self.name, staging.nbytes, on_host=True):
+                handle.wait()
+            if self._fetching is not None:
+                self._fetching.close()
             assert homes is not None, "another tier than the device has homes"
             crossing = None if homes.shares_memory else homes.crossings.up(staging, place)
             if crossing is None:
@@ -279,15 +290,19 @@ class Bucket(Gradient):
     def wait(self) -> None:
         """Until the gather has landed; then the parameters are views of ``whole``."""
         if self.state is ShardState.GATHERING:
-            if self._arriving is not None:
-                self._pending = self._gather()
-            assert self._pending is not None, "a gathering bucket has a gather under way"
-            self._pending.wait()
-            self._pending = None
-            if self._crossing is not None:
-                self._crossing.join()
-            self._show(self._views)
-            self.state = ShardState.WHOLE
+            with self.mesh.spans.span(GATHER_WAIT, self.name, self._whole_bytes):
+                self._end_gather()
+
+    def _end_gather(self) -> None:
+        if self._arriving is not None:
+            self._pending = self._gather()
+        assert self._pending is not None, "a gathering bucket has a gather under way"
+        self._pending.wait()
+        self._pending = None
+        if self._crossing is not None:
+            self._crossing.join()
+        self._show(self._views)
+        self.state = ShardState.WHOLE
 
     def reshard(self) -> None:
         """Free ``whole`` and put placeholders into the modules; a no-op where the stage keeps parameters."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Pending
+from tritonspeed.comm.spans import REDUCE_SEND, REDUCE_WAIT
 from tritonspeed.kernels import sum_of_squares
 from tritonspeed.offload import Tier
 from tritonspeed.offload.tiers import Handle
@@ -98,6 +99,16 @@ class Gradient:
 
         Parameters without a gradient, and the padding, leave as zeros.
         """
+        with self.mesh.spans.span(REDUCE_SEND, self.name):
+            finish = self._start_reduction(accumulating)
+
+        def ended() -> None:
+            with self.mesh.spans.span(REDUCE_WAIT, self.name):
+                finish()
+
+        return ended
+
+    def _start_reduction(self, accumulating: bool) -> Callable[[], None]:
         self.settle()
         self._open_outbox(accumulating)
         assert self.outbox is not None, "an open outbox exists"

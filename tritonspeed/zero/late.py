@@ -39,11 +39,11 @@ class LateUpdates:
         self._buckets, self._done = buckets, {id(bucket): threading.Event() for bucket in buckets}
         for bucket in buckets:
             bucket.is_updating = True
-        beside = aside(buckets[0].mesh.device)
+        beside, spans = aside(buckets[0].mesh.device), buckets[0].mesh.spans
 
         def work() -> None:
             try:
-                with torch.no_grad(), beside:
+                with torch.no_grad(), beside, spans.beside():
                     for bucket in run():
                         self._done[id(bucket)].set()
                     end()

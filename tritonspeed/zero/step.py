@@ -128,6 +128,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 bucket.keep_rounded()
         self.last: StepFacts | None = None
         self.overflow = self.retired = False
+        self.instead: Callable[[], bool] | None = None  # an engine's: makes the step that its caller asks for
         self._state_bytes: dict[int, int] = {}  # as entered in the ledger, by bucket
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state  # one truth, the inner optimizer's
@@ -202,6 +203,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ValueError("a closure cannot be re-evaluated inside a sharded step: call backward, then step()")
         if self.retired:
             raise ValueError("step() of an optimizer whose model was sharded again: step the later one's optimizer")
+        if self.instead is not None and self.instead():
+            return None
         spans = self.mesh.spans
         with spans.span(UPDATE_WAIT, "", on_host=True):
             self.late.finish()

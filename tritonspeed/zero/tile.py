@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonspeed.comm.spans import FETCH, FETCH_WAIT, STORE, Span
 from tritonspeed.kernels.dynamic_code import MIN_ELEMS
 from tritonspeed.offload import Tier
 from tritonspeed.offload.disk import DiskFlat
@@ -86,6 +87,8 @@ class Tile:
         self._kinds_of: dict[int, list[str]] = {}
         self._buffer: Buffer | None = None
         self._handles: list[Handle] = []
+        self._fetching: Span | None = None
+        self._storing: Span | None = None
         self._is_ahead = False  # what is on disk is on its way already
         self._copies: list[tuple[Tensor, Tensor]] = []  # (host memory, where on the device it goes)
         self._gradient: Tensor | None = None  # where it has to come from the device first
@@ -122,6 +125,9 @@ class Tile:
     def _read(self, buffer: Buffer | None) -> None:
         self._buffer = buffer
         first = self.bucket.owned[0]
+        if self.kinds:
+            num_bytes = sum(self.flats[kind].dtype.itemsize for kind in self.kinds) * (self.hi - self.lo)
+            self._fetching = self.bucket.mesh.spans.start(FETCH, self.bucket.name, num_bytes)
         for kind in self.kinds:
             place = self._place(kind, self.flats[kind].dtype)
             self._handles.append(self.flats[kind].fetch(self.lo - first, self.hi - first, place))
@@ -145,9 +151,13 @@ class Tile:
 
     def wait(self) -> None:
         """Until it is there; then the chunks' masters and states are views of the buffer."""
-        for handle in self._handles:
-            handle.wait()
+        if self._handles:
+            with self.bucket.mesh.spans.span(FETCH_WAIT, self.bucket.name, on_host=True):
+                for handle in self._handles:
+                    handle.wait()
         self._handles.clear()
+        if self._fetching is not None:
+            self._fetching.close()
         if self.on_disk:
             self._bind()
         if self.bucket.shard_flat is not None and self._has_gaps:  # what no chunk writes is written to the file too
@@ -183,6 +193,10 @@ class Tile:
     def store(self) -> list[Handle]:
         """Start bringing back what was changed; masters and states are placeholders again."""
         handles: list[Handle] = []
+        if self.needs_buffer:
+            num_bytes = sum(self.flats[kind].dtype.itemsize for kind in self.kinds) * (self.hi - self.lo)
+            num_bytes += sum(staged.nbytes for staged, _ in self._copies)
+            self._storing = self.bucket.mesh.spans.start(STORE, self.bucket.name, num_bytes)
         for staged, target in self._copies:
             assert self.homes is not None, "what is staged has a home"
             handles.append(self.homes.crossings.up(staged, target))
@@ -229,6 +243,9 @@ class Tile:
         """It is back: the buffer is another's."""
         self._buffer = self._gradient = None
         self.has_left = True
+        if self._storing is not None:
+            self._storing.close()
+            self._storing = None
 
     def take_over(self, states: States) -> None:
         """The optimizer has loaded states: what belongs on disk goes there.
