@@ -98,6 +98,24 @@ def test_one_rank_changes_for_all(ranks: Any, sharding: str, precision: str | No
     ranks(2, change, sharding, precision, modifier)
 
 
+def change_in_any_order(sharding: str) -> None:
+    net, _, values = sharded_net(sharding)
+    named = dict(net.named_parameters())
+    mine = list(named) if dist.get_rank() == 0 else list(named)[::-1]
+    with GatheredParameters([None, *(named[name] for name in mine)], modifier_rank=0), torch.no_grad():
+        for number, name in enumerate(named):
+            named[name].add_(number + dist.get_rank())
+    with GatheredParameters(named.values()):
+        for number, (name, p) in enumerate(named.items()):
+            same(p.detach(), values[name] + number)
+
+
+@pytest.mark.parametrize("sharding", ["1", "3"])
+def test_ranks_name_parameters_in_orders_of_their_own(ranks: Any, sharding: str) -> None:
+    """transformers passes list({...}) of parameters, in the order of their addresses; and the bias that is None."""
+    ranks(2, change_in_any_order, sharding)
+
+
 def nested(sharding: str) -> None:
     net, _, values = sharded_net(sharding)
     p, q = net.blocks[0].up.weight, net.blocks[0].down.weight  # of one unit

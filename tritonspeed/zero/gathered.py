@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonspeed import comm
-from tritonspeed.zero.group import Group, groups_of, place_of
+from tritonspeed.zero.group import Group, group_of, groups_of, place_of
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> its version when a context last kept its changes
 
@@ -20,8 +20,8 @@ class GatheredParameters:
     """Make parameters whole on every rank inside the context. Collective: all ranks enter and leave.
 
     Args:
-        params: one parameter, or any iterable of them (generators too, duplicates once); those that nobody shards are
-            passed over.
+        params: one parameter, or any iterable of them (generators too, duplicates once, each rank in any order);
+            those that nobody shards, and None, are passed over.
         modifier_rank: the rank whose changes are kept: on leaving they are broadcast, and the masters cut from them
             anew, at every stage. None means nothing is changed.
         fwd_module: accepted for DeepSpeed's signature; units are found without it.
@@ -33,19 +33,19 @@ class GatheredParameters:
 
     def __init__(
         self,
-        params: Parameter | Iterable[Parameter],
+        params: Parameter | Iterable[Parameter | None],
         modifier_rank: int | None = None,
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        items = [params] if isinstance(params, torch.Tensor) else list(params)
+        items = [params] if isinstance(params, torch.Tensor) else [p for p in params if p is not None]
         self.params = list({id(p): p for p in items}.values()) if enabled else []
         self.modifier_rank = modifier_rank
         self._groups: list[Group] = []
         self._versions: dict[int, int] = {}
 
     def __enter__(self) -> GatheredParameters:
-        self.params = [p for p in self.params if groups_of([p])]
+        self.params = sorted((p for p in self.params if group_of(p) is not None), key=_place)
         self._groups = groups_of(self.params)
         for group in self._groups:
             group.acquire("gathered")
@@ -79,3 +79,9 @@ class GatheredParameters:
             _kept[p] = p._version
         for bucket, indices in touched.values():
             bucket.take_back(indices)
+
+
+def _place(p: Parameter) -> tuple[int, str, int]:
+    """What orders parameters alike on all ranks."""
+    group, bucket, index = place_of(p)
+    return group.index, bucket.name, index
