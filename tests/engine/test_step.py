@@ -53,6 +53,14 @@ def by_count(engine: Any, step: int) -> None:
         engine.step()
 
 
+def by_the_optimizer(engine: Any, step: int) -> None:
+    """As Lightning's Fabric does."""
+    for micro in range(3):
+        engine.backward(engine(*batch(dist.get_rank(), 3 * step + micro)))
+        engine.optimizer.step()
+    assert (engine.global_steps, engine.micro_steps) == (step + 1, 3 * (step + 1))
+
+
 def as_accelerate_does(engine: Any, step: int) -> None:
     """The boundary is said before each backward; step() is called on it alone."""
     for micro in range(3):
@@ -103,6 +111,7 @@ def unsaid(engine: Any, step: int) -> None:
 
 WAYS = {
     by_count: {},
+    by_the_optimizer: {},
     as_accelerate_does: {},
     boundary_said_step_always: {},
     no_sync: {},

@@ -63,10 +63,12 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
         self._boundary: bool | None = None  # set by the caller; None counts micro-steps
         self._syncing = True
         self._loss_was_scaled = False
-        self._applied = False
+        self._applied = self._stepping = False
         self._num_backwards = 0  # since the last update
         self._losses: list[Tensor] = []
         self._times_ms = dict.fromkeys(("forward", "backward", "step"), 0.0)
+        if optimizer is not None:
+            optimizer.instead = self._step_instead
         hooks = sharded.hooks
         hooks.begin_backward, hooks.after_backward = self._begin_backward, self._after_backward
         hooks.on_discard = self._on_discard
@@ -176,11 +178,22 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
         self._plan_sending()
         self._save_if_asked()
 
+    def _step_instead(self) -> bool:
+        """``optimizer.step()`` of the caller is ``engine.step()``: micro-steps, counters and schedule go with it."""
+        if self._stepping:
+            return False
+        self.step()
+        return True
+
     def _step(self, lr_kwargs: dict[str, Any]) -> None:
         optimizer = self._require_optimizer("step")
         self._lr_of_step = [group["lr"] for group in optimizer.param_groups]
         self._scale_of_step = optimizer.loss_scale
-        optimizer.step()
+        self._stepping = True
+        try:
+            optimizer.step()
+        finally:
+            self._stepping = False
         self._applied = not optimizer.overflow
         if optimizer.overflow:
             self.skipped_steps += 1
