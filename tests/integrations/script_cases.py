@@ -57,5 +57,121 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
-TRAINER = [Case(f"trainer_causal-stage{stage}", "trainer_causal.py", zero(stage)) for stage in (0, 1, 2, 3)]
-CASES = [*TRAINER]
+def with_auto(stage: int, schedule: str | None, **more: Any) -> dict[str, Any]:
+    """Optimizer, and schedule where one is named, in the config, "auto"."""
+    adamw = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
+    if schedule is None:
+        return zero(stage, optimizer=adamw, **more)
+    keys = {
+        "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"),
+        "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+        "WarmupCosineLR": ("warmup_num_steps", "total_num_steps"),
+    }[schedule]
+    return zero(stage, optimizer=adamw, scheduler={"type": schedule, "params": dict.fromkeys(keys, "auto")}, **more)
+
+
+def scheduled(stage: int, schedule: str, **params: Any) -> dict[str, Any]:
+    """A schedule in the config; the optimizer is Hugging Face's."""
+    return zero(stage, scheduler={"type": schedule, "params": params})
+
+
+def offloaded(device: str, **more: Any) -> dict[str, Any]:
+    """Stage 3 with parameters and optimizer on ``device``."""
+    config = zero(3, **more)
+    place = {"device": device, "pin_memory": True}
+    config["zero_optimization"].update(offload_optimizer=place, offload_param=place)
+    return config
+
+
+def unclipped(config: dict[str, Any]) -> dict[str, Any]:
+    """Without a word on clipping."""
+    return {key: value for key, value in config.items() if key != "gradient_clipping"}
+
+
+def trainer(name: str, config: dict[str, Any], *arguments: str, script: str = "causal", **more: Any) -> Case:
+    """A run of a Trainer script."""
+    return Case(f"trainer_{name}", f"trainer_{script}.py", config, arguments, **more)
+
+
+_BF16 = {"close": 3, "why": "DeepSpeed rounds averaged gradients to bf16; here they stay fp32 until the step"}
+_UNEVEN = ("--max_steps=-1", "--num_train_epochs=2", "--samples=23")  # 6 micro-batches of a rank, the last one short
+_SAVED = ("--save_strategy=steps", "--save_steps=1", "--eval_strategy=steps", "--eval_steps=1", "--save_total_limit=3")
+_BEST = (*_SAVED, "--load_best_model_at_end", "--per_device_eval_batch_size=2", "--samples=24")
+_EVALUATED = ("--eval_strategy=steps", "--eval_steps=2", "--per_device_eval_batch_size=2")
+TRAINER = [
+    *(trainer(f"causal-stage{stage}", zero(stage), "--generate") for stage in (0, 1, 2, 3)),
+    trainer("stage0-cosine", zero(0), "--lr_scheduler_type=cosine", "--warmup_steps=2", "--max_grad_norm=0.3"),
+    trainer("stage1-warmup", with_auto(1, "WarmupLR"), *_UNEVEN, "--gradient_accumulation_steps=4", "--warmup_steps=3"),
+    trainer("stage2-decay", with_auto(2, "WarmupDecayLR"), *_EVALUATED, "--bf16", "--max_grad_norm=0.5", **_BF16),
+    trainer("stage2-range", unclipped(scheduled(2, "LRRangeTest", lr_range_test_min_lr=1e-3)), "--max_grad_norm=0.2"),
+    trainer("stage2-bert", with_auto(2, None), "--model=bert", "--weight_decay=0.1", script="classify"),
+    trainer(
+        "stage3-gpt2",
+        unclipped(with_auto(3, None)),
+        *_UNEVEN,
+        *_EVALUATED,
+        *("--model=gpt2", "--generate", "--gradient_checkpointing", "--gradient_accumulation_steps=4"),
+    ),
+    trainer("stage3-cosine", with_auto(3, "WarmupCosineLR"), "--bf16", "--gradient_accumulation_steps=2", **_BF16),
+    trainer(
+        "stage3-mixtral",
+        scheduled(3, "OneCycle", cycle_min_lr=1e-3, cycle_max_lr=1e-2, cycle_first_step_size=2, decay_step_size=1),
+        "--model=mixtral",
+        "--label_smoothing_factor=0.1",
+    ),
+    trainer("stage3-offload", offloaded("cpu"), "--generate"),
+    trainer("seq2seq-t5", with_auto(3, "WarmupLR"), "--model=t5", "--predict_with_generate", *_EVALUATED, script="seq2seq"),
+    trainer("seq2seq-bart", zero(2), "--model=bart", "--predict_with_generate", script="seq2seq"),
+    trainer("pretrained-llama", zero(3), "--model=llama", "--max_steps=3", script="pretrained"),
+    trainer("pretrained-gpt2", with_auto(3, None), "--model=gpt2", "--max_steps=3", script="pretrained"),
+]
+
+
+def accelerate(name: str, config: dict[str, Any], *arguments: str, script: str = "loop", **more: Any) -> Case:
+    """A run of an Accelerate script; --cpu is what real DeepSpeed needs there."""
+    return Case(f"accelerate_{name}", f"accelerate_{script}.py", config, ("--cpu", *arguments), **more)
+
+
+_ADAMW = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "betas": [0.9, 0.95]}}  # all it fills in
+_DECAY = with_auto(2, "WarmupDecayLR")["scheduler"]
+_SUMMED_IN_FP32 = zero(
+    2,
+    optimizer=_ADAMW,
+    scheduler=_DECAY,
+    communication_data_type="fp32",
+    data_types={"grad_accum_dtype": "fp32"},
+)
+ACCELERATE = [
+    accelerate("loop-stage0", zero(0)),
+    accelerate("loop-stage2", _SUMMED_IN_FP32, "--optimizer=config", "--mixed_precision=bf16"),
+    accelerate("loop-stage3", zero(3), "--pretrained"),
+    accelerate("loop-stage3-callable", zero(3, optimizer=_ADAMW), "--optimizer=callable"),
+    accelerate("models-2-3-1", zero(2), script="models"),
+    accelerate("models-3-0-3", zero(3), "--student=3", "--teacher=0", "--critic=3", script="models"),
+]
+RESUMED = [
+    trainer("save-stage1", zero(1), *_BEST, "--lr_scheduler_type=cosine", script="save"),
+    trainer("save-stage3", with_auto(3, "WarmupDecayLR"), *_BEST, "--gradient_accumulation_steps=4", script="save"),
+]
+_RATE = {"warmup_num_steps": 3, "warmup_max_lr": 0.01, "warmup_type": "linear"}
+_RUN = {"enabled": True, "job_name": "run"}
+MONITORED = [
+    Case(
+        "monitors-stage2",
+        "monitors.py",
+        {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "steps_per_print": 2,
+            "wall_clock_breakdown": True,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+            "scheduler": {"type": "WarmupLR", "params": _RATE},
+            "zero_optimization": {"stage": 2},
+            "bf16": {"enabled": True},
+            "csv_monitor": {**_RUN, "output_path": "csv"},
+            "tensorboard": {**_RUN, "output_path": "events"},
+            "flops_profiler": {"enabled": True, "profile_step": 2, "output_file": "flops.txt"},
+        },
+    )
+]
+CASES = [*MONITORED, *RESUMED, *ACCELERATE, *TRAINER]
