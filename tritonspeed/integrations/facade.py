@@ -11,6 +11,12 @@ from typing import Any
 
 from tritonspeed.integrations import names
 
+_WITHOUT_TORCH = ("tritonspeed.integrations.facts", "tritonspeed.cli")
+
+
+class NotProvided(NotImplementedError, AttributeError):
+    """An attribute of a name that stands for nothing here was asked for: ``hasattr`` says False, as of any other."""
+
 
 class _Refused(type):
     """The class of what stands where a refused name is: importable, good for ``isinstance``, an error when used."""
@@ -18,16 +24,22 @@ class _Refused(type):
     _place: str
     _says: str
 
-    def _raise(cls) -> Any:
-        raise NotImplementedError(f"{cls._place} is not provided by tritonspeed: {cls._says}")
+    def _sentence(cls) -> str:
+        return f"{cls._place} is not provided by tritonspeed: {cls._says}"
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        cls._raise()
+        raise NotImplementedError(cls._sentence())
+
+    def __iter__(cls) -> Any:
+        raise NotImplementedError(cls._sentence())
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):  # what Python itself asks every object for
             raise AttributeError(name)
-        cls._raise()
+        raise NotProvided(cls._sentence())
+
+    def __repr__(cls) -> str:
+        return f"<{cls._place}: not provided by tritonspeed>"
 
 
 def refused(place: str, says: str) -> Any:
@@ -38,9 +50,11 @@ def refused(place: str, says: str) -> Any:
         says: what to do instead.
 
     Returns:
-        A class that raises NotImplementedError when it, or a subclass of it, is called, or asked for an attribute.
+        A class that raises NotImplementedError when it, or a subclass of it, is called, iterated, or asked for an
+        attribute.
     """
-    return _Refused(place.rpartition(".")[2], (), {"_place": place, "_says": says, "__module__": place})
+    module, _, name = place.rpartition(".")
+    return _Refused(name, (), {"_place": place, "_says": says, "__module__": module})
 
 
 class FacadeModule(ModuleType):
@@ -49,12 +63,12 @@ class FacadeModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         place = f"{self.__name__}.{name}"
         row = names.MODULES[self.__name__].get(name)
-        if row is not None:
-            value = refused(place, row.note) if row.target is None else find(row.target)
-        elif place in names.MODULES:
+        if place in names.MODULES:
             value = import_module(place)
+        elif row is not None:
+            value = refused(place, row.note) if row.target is None else find(row.target)
         else:
-            raise AttributeError(f"{place} is not provided by tritonspeed: {names.reason(place)}")
+            raise AttributeError(not_provided(place), name=name, obj=self)
         setattr(self, name, value)
         return value
 
@@ -63,16 +77,23 @@ class FacadeModule(ModuleType):
 
     @property
     def __all__(self) -> list[str]:
-        return names.children(self.__name__)
+        return [name for name in names.children(self.__name__) if not name.startswith("_")]
+
+
+def not_provided(place: str) -> str:
+    """What is said of a name or a module that the table has not."""
+    return (
+        f"{place} is not provided by tritonspeed, which stands in for deepspeed here: {names.reason(place)}"
+        " (its docs/deepspeed-names.md lists what is)"
+    )
 
 
 def find(target: str) -> Any:
     """The object at ``"module:attribute"``, or the module at ``"module"``."""
     module_name, _, attribute = target.partition(":")
-    module = import_module(module_name)
-    if module_name.startswith("tritonspeed.") and not module_name.startswith("tritonspeed.integrations.names"):
+    value: Any = import_module(module_name)
+    if module_name.startswith("tritonspeed.") and not module_name.startswith(_WITHOUT_TORCH):
         import_module("tritonspeed.integrations.parameters").show()
-    value: Any = module
     for part in filter(None, attribute.split(".")):
         value = getattr(value, part)
     return value

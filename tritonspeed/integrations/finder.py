@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from tritonspeed.integrations import names
-from tritonspeed.integrations.facade import FacadeModule
+from tritonspeed.integrations.facade import FacadeModule, not_provided
 from tritonspeed.log import speak
 from tritonspeed.version import __version__
 
@@ -59,11 +59,9 @@ class Finder(DistributionFinder):
         if fullname.partition(".")[0] != "deepspeed":
             return None
         if fullname not in names.MODULES:
-            raise ModuleNotFoundError(
-                f"{fullname} is not provided by tritonspeed, which stands in for deepspeed here:"
-                f" {names.reason(fullname)}",
-                name=fullname,
-            )
+            # Without `name`: `from deepspeed.zero import something` asks for a module last, and where that error names
+            # this module, Python drops it for a "cannot import name" of its own, which does not say why.
+            raise ModuleNotFoundError(not_provided(fullname))
         spec = ModuleSpec(fullname, _FacadeLoader(), origin=str(FOLDER / "deepspeed"), is_package=True)
         spec.submodule_search_locations = []
         return spec

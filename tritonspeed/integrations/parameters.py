@@ -28,6 +28,14 @@ class ZeroParamStatus(enum.Enum):
     INFLIGHT = 3
 
 
+class ZeroParamType(enum.Enum):
+    """How a parameter is held, as programs ask ``ds_param_type``'s module for it."""
+
+    NORMAL = 1
+    PARTITIONED = 2
+    REMOTE = 3
+
+
 def is_partitioned(p: Parameter) -> bool:
     """Whether a stage that shards parameters manages ``p``: a persistent one, which stays whole, too."""
     return group_of(p) is not None and place_of(p)[1].stage.shards_parameters

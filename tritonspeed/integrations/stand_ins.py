@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from tritonspeed import comm
-from tritonspeed.zero.tree import map_tensors
 
 DEEPSPEED_ENVIRONMENT_NAME = ".deepspeed_env"  # the file of variables that the launcher reads, in the home folder
 
@@ -34,30 +33,26 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
-    """The same nested value with every tensor in memory of its own, so that saving a view saves no more than it.
+    """The same nested value with every tensor in memory of its own: parameters are views of one buffer, and whoever
+    saves views takes them for one tensor under many names.
 
     Args:
-        item: tensors in dicts, lists and tuples.
+        item: tensors in dicts, lists and tuples, of any class: ``state_dict()`` is an OrderedDict.
         device: where the copies are.
     """
-    return map_tensors(item, lambda t: t.detach().to(device, copy=True))
+    if isinstance(item, torch.Tensor):
+        return item.detach().to(device, copy=True)
+    if isinstance(item, dict):
+        return type(item)((key, clone_tensors_for_torch_save(value, device)) for key, value in item.items())
+    if isinstance(item, list | tuple):
+        parts = [clone_tensors_for_torch_save(value, device) for value in item]
+        return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+    return item
 
 
 def zero_wrapper_for_fp_tensor_constructor(fn: Callable[..., Any], target_fp_dtype: torch.dtype) -> Callable[..., Any]:
     """The constructor as it is: ``zero.Init`` patches none. Hugging Face replaces this name while it builds a model."""
     return fn
-
-
-def _get_sequence_parallel_group() -> None:
-    """No group: there is no sequence parallelism."""
-
-
-def _get_sequence_parallel_world_size() -> int:
-    return 1
-
-
-def _get_sequence_parallel_rank() -> int:
-    return 0
 
 
 class Accelerator:

@@ -5,7 +5,7 @@ parameter belongs to which unit · ``options`` what the config says of it · ``b
 ``group`` one unit at run time · ``order`` what comes next · ``reduce`` gradients leave in a fixed order · ``guard``
 what a sharded module shows · ``hooks`` when all this happens · ``step`` the optimizer over chunks · ``tensor_files``
 what is in a checkpoint · ``load``, ``meta``, ``init`` where values come from · ``gathered``, ``access`` looking and
-changing · ``away`` states put away between phases · ``shard`` the parts together.
+changing · ``leaves`` what is not split · ``away`` states put away between phases · ``shard`` the parts together.
 """
 
 from tritonspeed.zero.access import (
@@ -17,11 +17,19 @@ from tritonspeed.zero.access import (
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
-    set_z3_leaf_modules,
 )
 from tritonspeed.zero.away import Away, OffloadDeviceEnum, OffloadStateTypeEnum
 from tritonspeed.zero.gathered import GatheredParameters
 from tritonspeed.zero.init import Init
+from tritonspeed.zero.leaves import (
+    get_z3_leaf_modules,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
+)
 from tritonspeed.zero.load import load_safetensors
 from tritonspeed.zero.meta import apply_later
 from tritonspeed.zero.options import ShardOptions
@@ -43,6 +51,7 @@ __all__ = [
     "StepFacts",
     "ZeroOptimizer",
     "apply_later",
+    "get_z3_leaf_modules",
     "load_safetensors",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
@@ -52,6 +61,11 @@ __all__ = [
     "safe_get_local_optimizer_state",
     "safe_set_full_fp32_param",
     "safe_set_full_optimizer_state",
+    "set_z3_leaf_module",
     "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
     "shard",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from tritonspeed import comm
@@ -139,24 +139,3 @@ def safe_get_local_optimizer_state(param: Parameter, optim_state_key: str) -> Te
     """This rank's part of the optimizer's tensor, flat."""
     bucket, lo, hi, _ = _part(param)
     return _state(bucket, optim_state_key, lo, hi)
-
-
-def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: list[type | str]) -> list[nn.Module]:
-    """Mark modules never to be split into units: fetched whole, whichever of their children a rank calls.
-
-    Call it before ``initialize``. Blocks of a ModuleList are whole units already, mixture-of-experts ones included.
-
-    Returns:
-        The modules that were marked.
-
-    Raises:
-        ValueError: no module of the model is of these classes.
-    """
-    names = {c if isinstance(c, str) else c.__name__ for c in leaf_module_classes}
-    found = [m for m in model.modules() if names & {cls.__name__ for cls in type(m).__mro__}]
-    if not found:
-        have = sorted({type(m).__name__ for m in model.modules()})
-        raise ValueError(f"no module of {sorted(names)} in the model: it has {', '.join(have)}")
-    for module in found:
-        module._z3_leaf = True  # type: ignore[assignment]
-    return found

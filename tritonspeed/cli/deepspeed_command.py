@@ -1,0 +1,33 @@
+"""`deepspeed [flags] train.py ...`: the command as DeepSpeed's scripts and READMEs write it, with the same flags.
+
+It is `tritonspeed run` under DeepSpeed's name. Where a real DeepSpeed is installed, the command is DeepSpeed's own: it
+is handed over, and that is said, unless TRITONSPEED_AS_DEEPSPEED=1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from tritonspeed import cli
+from tritonspeed.integrations.finder import FORCE_VARIABLE, installed_deepspeed, is_forced
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the words after `deepspeed`; None takes those of this process.
+
+    Returns:
+        The exit status, as of `tritonspeed run`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    real = installed_deepspeed()
+    if real is not None and not is_forced():
+        print(f"[tritonspeed] `deepspeed` is DeepSpeed {real}'s own launcher ({FORCE_VARIABLE}=1 for ours)", flush=True)
+        return importlib.import_module("deepspeed.launcher.runner").main(words) or 0
+    if words[:1] in (["--version"], ["-v"]):
+        words = ["--version"]
+    return cli.main(words if words == ["--version"] else ["run", *words])
