@@ -128,7 +128,7 @@ def refused(stage: int) -> None:
         "backward": lambda: (loss * 2).backward(),
         "forward": lambda: engine(*batch(dist.get_rank(), 2)),
         "engine.step": engine.step,
-        "engine.step()": lambda: engine.optimizer.step(),
+        "step": lambda: engine.optimizer.step(),
         "zero_grad": engine.zero_grad,
         "reading or changing parameters": engine.module_state_dict,
     }
