@@ -120,7 +120,9 @@ TRAINER = [
         "--label_smoothing_factor=0.1",
     ),
     trainer("stage3-offload", offloaded("cpu"), "--generate"),
-    trainer("seq2seq-t5", with_auto(3, "WarmupLR"), "--model=t5", "--predict_with_generate", *_EVALUATED, script="seq2seq"),
+    trainer(
+        "seq2seq-t5", with_auto(3, "WarmupLR"), "--model=t5", "--predict_with_generate", *_EVALUATED, script="seq2seq"
+    ),
     trainer("seq2seq-bart", zero(2), "--model=bart", "--predict_with_generate", script="seq2seq"),
     trainer("pretrained-llama", zero(3), "--model=llama", "--max_steps=3", script="pretrained"),
     trainer("pretrained-gpt2", with_auto(3, None), "--model=gpt2", "--max_steps=3", script="pretrained"),
@@ -143,7 +145,14 @@ _SUMMED_IN_FP32 = zero(
 )
 ACCELERATE = [
     accelerate("loop-stage0", zero(0)),
-    accelerate("loop-stage2", _SUMMED_IN_FP32, "--optimizer=config", "--mixed_precision=bf16"),
+    accelerate(
+        "loop-stage2",
+        _SUMMED_IN_FP32,
+        *("--optimizer=config", "--mixed_precision=bf16"),
+        close=3,
+        why="DeepSpeed rounds summed gradients to bf16 even so: its first norm is 0.78006, that of the sum in fp64 and"
+        " ours 0.77999",
+    ),
     accelerate("loop-stage3", zero(3), "--pretrained"),
     accelerate("loop-stage3-callable", zero(3, optimizer=_ADAMW), "--optimizer=callable"),
     accelerate("models-2-3-1", zero(2), script="models"),
@@ -174,4 +183,17 @@ MONITORED = [
         },
     )
 ]
-CASES = [*MONITORED, *RESUMED, *ACCELERATE, *TRAINER]
+
+
+def peft(name: str, config: dict[str, Any], *arguments: str, script: str = "trainer", **more: Any) -> Case:
+    """A run of a script with adapters."""
+    return Case(f"peft_{name}", f"peft_{script}.py", config, arguments, **more)
+
+
+PEFT = [
+    peft("lora-stage2", zero(2), "--checkpointing=reentrant", "--input_grads"),
+    peft("lora-stage3", zero(3), "--pretrained", "--checkpointing=plain"),
+    peft("head-stage3", zero(3), "--method=head", "--pretrained", "--checkpointing=reentrant", "--input_grads"),
+    peft("dora-stage3", zero(3), "--method=dora"),
+]
+CASES = [*PEFT, *MONITORED, *RESUMED, *ACCELERATE, *TRAINER]
