@@ -143,6 +143,8 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
         Where another engine's ``backward`` runs through this one, the loss carries that engine's scale.
         """
         self._num_backwards += 1
+        if not _driving:
+            self._watch.begin_backward()
         if _driving:
             return self.loss_scale() / _driving[-1].loss_scale()
         if self.loss_scale() != 1.0 and not self._loss_was_scaled:
@@ -154,6 +156,7 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
 
     def _after_backward(self) -> None:
         self._loss_was_scaled = False
+        self._watch.end_backward()
 
     def _on_discard(self) -> None:
         self._losses.clear()
@@ -343,7 +346,8 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
             wait = torch.cuda.synchronize
             wait()
         start = time.perf_counter()
-        yield
-        if wait is not None:
-            wait()
+        with self.mesh.spans.phase(name, self._watch.owner):
+            yield
+            if wait is not None:
+                wait()
         self._times_ms[name] += 1e3 * (time.perf_counter() - start)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tritonspeed.monitor import MonitorMaster
+from tritonspeed.profiling import StepTimes, Trace, Watch, log_summary
 
 if TYPE_CHECKING:
     from tritonspeed.comm import Mesh
@@ -30,6 +32,7 @@ class Observing:
     def _begin_observing(self) -> None:
         """The engine has been made: start what its config asks for."""
         self.monitor = MonitorMaster(self.config, self.mesh.rank)
+        self._watch = Watch(self.sharded, self.config)
 
     def _observe_step(self, report: StepReport, due: bool) -> None:
         """A step has been made; on every rank.
@@ -38,6 +41,7 @@ class Observing:
             report: its facts.
             due: it is one of those that ``steps_per_print`` prints.
         """
+        self._watch.end_step(report)
         if self.monitor.enabled:
             self._monitor_step(report)
             if due:
@@ -56,3 +60,40 @@ class Observing:
     def _end_observing(self) -> None:
         """The engine is destroyed: let go of everything."""
         self.monitor.close()
+        self._watch.close()
+
+    @property
+    def last_times(self) -> StepTimes | None:
+        """The last table of ``wall_clock_breakdown``, as numbers; None before the first."""
+        return self._watch.last_times
+
+    def comms_summary(self, show_straggler: bool = False, return_dict: bool = False) -> Any:
+        """Log the table of collectives (``comms_logger``), on rank 0.
+
+        Args:
+            show_straggler: a column more: how much longer this rank took in all than the fastest. Collective.
+            return_dict: return ``{"summary": {operation: {message bytes: row}}}``, on every rank.
+        """
+        return log_summary(show_straggler, return_dict, self.mesh)
+
+    def trace(self, steps: int = 3, folder: str | Path | None = None) -> Trace:
+        """Record the time and memory of the next ``steps`` optimizer steps, all ranks on one clock. Collective.
+
+        Rank 0 writes a trace in Chrome's format (open it at ui.perfetto.dev: steps, compute, communication and offload
+        of every rank, memory by owner), and a picture of it where matplotlib is installed. Recording ends after the
+        last step, or with the block:
+
+            with engine.trace(steps=3, folder="traces") as trace:
+                for batch in batches:
+                    ...
+            trace.json_path, trace.png_path
+
+        or, without a block, ``engine.trace(steps=3)`` before the steps. Under Hugging Face's Trainer the engine is
+        ``trainer.model_wrapped``: call it in a callback's ``on_step_end``. Memory is what the ledger knows, model state
+        and communication; a GPU's own count, activations included, has a curve beside it.
+
+        Args:
+            steps: how many, at least 1.
+            folder: where rank 0 writes; None is "traces".
+        """
+        return self._watch.trace(steps, folder)

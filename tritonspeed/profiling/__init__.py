@@ -1,1 +1,15 @@
-"""Where the time of a step goes: tables, a log of collectives, a trace of a few steps. Listens, and decides nothing."""
+"""Where the time of a step goes: tables, a log of collectives, a trace of a few steps. Listens, and decides nothing.
+
+``units``      when each unit's forward and backward begin and end
+``breakdown``  the table of ``wall_clock_breakdown``
+``comms``      the table of ``comms_logger``
+``recorded``, ``trace``, ``chrome``, ``timeline``   a trace of a few steps: its data, its recording, its two pictures
+``watch``      the listeners of one engine
+"""
+
+from tritonspeed.profiling.breakdown import StepTimes
+from tritonspeed.profiling.comms import log_summary
+from tritonspeed.profiling.trace import Trace
+from tritonspeed.profiling.watch import Watch
+
+__all__ = ["StepTimes", "Trace", "Watch", "log_summary"]

@@ -33,6 +33,7 @@ class UnitTimes:
 
     def __init__(self, sharded: ShardedModel, spans: Spans) -> None:
         self._spans = spans
+        self.at_boundary: Callable[[], None] | None = None  # called where a unit begins or ends
         self._forwards: list[Span] = []
         self._backwards: list[tuple[nn.Module, Span]] = []  # open ones, each inside the one before
         self._inside: dict[nn.Module, set[nn.Module]] = {}
@@ -58,11 +59,13 @@ class UnitTimes:
                 differentiable = (t for t in tensors_in((args, kwargs)) if t.requires_grad)
                 if (first := next(differentiable, None)) is not None:
                     first.register_hook(self._leaving(module))
+            self._pass_boundary()
             if self._spans.on:
                 self._forwards.append(self._spans.open(UNIT_AGAIN if again else UNIT_FORWARD, name))
 
         @torch._dynamo.disable
         def post_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._pass_boundary()
             if self._forwards:
                 self._forwards.pop().close()
             if torch.is_grad_enabled():
@@ -78,6 +81,7 @@ class UnitTimes:
         def enter(_: Any) -> None:
             if any(open_one is module for open_one, _ in self._backwards) or not self._spans.on:
                 return
+            self._pass_boundary()
             while self._backwards and module not in self._inside[self._backwards[-1][0]]:
                 self._backwards.pop()[1].close()
             self._backwards.append((module, self._spans.open(UNIT_BACKWARD, name)))
@@ -90,6 +94,10 @@ class UnitTimes:
                 self._close_until(module)
 
         return leave
+
+    def _pass_boundary(self) -> None:
+        if self.at_boundary is not None:
+            self.at_boundary()
 
     def _close_until(self, module: nn.Module) -> None:
         while True:
