@@ -83,6 +83,14 @@ def test_arguments_of_a_script():
     parser = ts.add_config_arguments(argparse.ArgumentParser())
     args = parser.parse_args(["--deepspeed", "--deepspeed_config", "ds.json", "--local_rank", "1"])
     assert args.deepspeed and args.deepspeed_config == "ds.json" and args.local_rank == 1
+    for before in (True, False):  # DeepSpeed's tutorials add it themselves
+        parser = argparse.ArgumentParser()
+        if before:
+            parser.add_argument("--local_rank", type=int, default=7)
+        ts.add_config_arguments(parser)
+        if not before:
+            parser.add_argument("--local_rank", type=int, default=7)
+        assert parser.parse_args([]).local_rank == 7
 
 
 @pytest.mark.parametrize(

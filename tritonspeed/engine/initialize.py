@@ -174,9 +174,19 @@ def _announce(config: Config, mesh: Mesh) -> None:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--deepspeed`` and ``--deepspeed_config`` to a script's own arguments, as DeepSpeed does."""
+    """Add ``--deepspeed`` and ``--deepspeed_config`` to a script's own arguments, as DeepSpeed does.
+
+    ``--local_rank``, which the launcher passes, is accepted too where the script does not say so itself.
+    """
     group = parser.add_argument_group("tritonspeed")
     group.add_argument("--deepspeed", action="store_true", help="accepted; calling initialize() is what enables it")
     group.add_argument("--deepspeed_config", default=None, type=str, help="path of the ds_config.json")
-    group.add_argument("--local_rank", default=-1, type=int, help="set by some launchers; LOCAL_RANK is what counts")
+    parse = parser.parse_known_args
+
+    def parse_known_args(*given: Any, **named: Any) -> Any:  # scripts add a --local_rank themselves, before or after
+        if "--local_rank" not in parser._option_string_actions:
+            group.add_argument("--local_rank", default=-1, type=int, help="set by launchers; LOCAL_RANK is what counts")
+        return parse(*given, **named)
+
+    parser.parse_known_args = parse_known_args
     return parser
