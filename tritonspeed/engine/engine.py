@@ -51,7 +51,7 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
     ) -> None:
         super().__init__()
         self.module = sharded.model
-        self.sharded, self.optimizer, self.lr_scheduler = sharded, optimizer, lr_scheduler
+        self.sharded, self.lr_scheduler = sharded, lr_scheduler
         self.config, self.policy, self.mesh = config, policy, sharded.mesh
         self.away = Away(sharded)
         self.training_dataloader: Any = None
@@ -305,14 +305,14 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step."""
         self.away.require_here("zero_grad()")
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        if self.sharded.stepper is not None:
+            self.sharded.stepper.zero_grad()
 
     # the model as a whole
 
     def explain(self) -> str:
         """The plan as a table: unit, layout, dtypes, bytes, who gathers when."""
-        return explain_plan(self.sharded, self.optimizer)
+        return explain_plan(self.sharded, self.sharded.stepper)
 
     def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """torch.compile inside every unit, between its hooks: communication stays outside the graphs."""
@@ -331,13 +331,13 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
         self.sharded.destroy()
 
     def _require_optimizer(self, call: str) -> ZeroOptimizer:
-        if self.optimizer is None:
+        if self.sharded.stepper is None:
             raise ValueError(
                 f"engine.{call}() needs an optimizer, and this engine has none: pass initialize(optimizer=...), or give"
                 ' the config an "optimizer" block'
             )
         self.away.require_here(f"engine.{call}()")
-        return self.optimizer
+        return self.sharded.stepper
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

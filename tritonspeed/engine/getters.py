@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tritonspeed.config import Config
     from tritonspeed.engine.report import StepReport
     from tritonspeed.precision import Policy
-    from tritonspeed.zero import Away, ShardedModel, ZeroOptimizer
+    from tritonspeed.zero import Away, ParameterOffload, ShardedModel, ZeroOptimizer
 
 _NOT_YET = {
     "train_batch": "belongs to the pipeline engine, which is not built: call engine, backward and step",
@@ -32,12 +32,16 @@ class Getters:
     mesh: Mesh
     sharded: ShardedModel
     away: Away
-    optimizer: ZeroOptimizer | None
     lr_scheduler: Any
     last_step: StepReport | None
     _accumulation: int
     _applied: bool
     _micro_batch: Any
+
+    @property
+    def optimizer(self) -> ZeroOptimizer | ParameterOffload | None:
+        """What steps; without one, and where parameters are sharded, their hooks, as in DeepSpeed; or None."""
+        return self.sharded.stepper or self.sharded.parameter_offload
 
     def _not_here(self, name: str) -> str:
         if name in _NOT_YET:
@@ -74,20 +78,21 @@ class Getters:
 
     def get_lr(self) -> list[float]:
         """Learning rate of every parameter group now."""
-        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        return [group["lr"] for group in self.sharded.stepper.param_groups] if self.sharded.stepper else []
 
     def get_mom(self) -> list[Any]:
         """Momentum, or betas, of every parameter group."""
-        groups = self.optimizer.param_groups if self.optimizer else []
+        groups = self.sharded.stepper.param_groups if self.sharded.stepper else []
         return [group.get("betas", group.get("momentum")) for group in groups]
 
     def get_type(self) -> list[str]:
         """Name of the optimizer, once per parameter group."""
-        return [type(self.optimizer.inner).__name__] * len(self.optimizer.param_groups) if self.optimizer else []
+        stepper = self.sharded.stepper
+        return [type(stepper.inner).__name__] * len(stepper.param_groups) if stepper else []
 
     def loss_scale(self) -> float:
         """What losses are multiplied with before they are differentiated; 1 unless fp16."""
-        return self.optimizer.loss_scale if self.optimizer else 1.0
+        return self.sharded.stepper.loss_scale if self.sharded.stepper else 1.0
 
     @property
     def cur_scale(self) -> float:
@@ -96,7 +101,7 @@ class Getters:
 
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale adapts."""
-        return bool(self.optimizer and self.optimizer.scaler.dynamic)
+        return bool(self.sharded.stepper and self.sharded.stepper.scaler.dynamic)
 
     def gradient_clipping(self) -> float:
         """Bound on the global gradient norm; 0 is off."""
@@ -140,7 +145,7 @@ class Getters:
 
     def optimizer_name(self) -> str | None:
         """The optimizer's class."""
-        return type(self.optimizer.inner).__name__ if self.optimizer else None
+        return type(self.sharded.stepper.inner).__name__ if self.sharded.stepper else None
 
     def scheduler_name(self) -> str | None:
         """The schedule's class."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tritonspeed.comm import Mesh
     from tritonspeed.config import Config
     from tritonspeed.precision import Policy
-    from tritonspeed.zero import Away, ShardedModel, ZeroOptimizer
+    from tritonspeed.zero import Away, ShardedModel
 
 log = logging.getLogger("tritonspeed")
 MODEL = "model"
@@ -43,7 +43,6 @@ class Saving:
     mesh: Mesh
     sharded: ShardedModel
     away: Away
-    optimizer: ZeroOptimizer | None
     lr_scheduler: Any
     training_dataloader: Any
     global_steps: int
@@ -208,7 +207,7 @@ class Saving:
 
     def _run_state(self, client_state: dict[str, Any]) -> dict[str, Any]:
         """``RunFacts``, and the config."""
-        optimizer = self.optimizer
+        optimizer = self.sharded.stepper
         scheduler = self.lr_scheduler
         return {
             "global_steps": self.global_steps,
@@ -268,7 +267,7 @@ class Saving:
         self.away.require_here("load_checkpoint()")
         self.wait_for_checkpoint()
         wanted = Wanted(
-            states=load_optimizer_states and not load_module_only and self.optimizer is not None,
+            states=load_optimizer_states and not load_module_only and self.sharded.stepper is not None,
             masters=bool(self.config.zero_optimization.load_from_fp32_weights),
             strict=load_module_strict,
         )
@@ -321,8 +320,8 @@ class Saving:
         self._num_backwards = done
         self._losses.clear()
         self._losses += [torch.tensor(loss, device=self.mesh.device) for loss in own.get("losses", ()) if done]
-        if wanted.states and self.optimizer is not None:
-            resume_optimizer(self.optimizer, facts)
+        if wanted.states and self.sharded.stepper is not None:
+            resume_optimizer(self.sharded.stepper, facts)
         if with_schedule and facts.scheduler is not None and hasattr(self.lr_scheduler, "load_state_dict"):
             self.lr_scheduler.load_state_dict(facts.scheduler)
         if "random" in own:

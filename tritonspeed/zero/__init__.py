@@ -3,9 +3,10 @@
 Bottom up: ``stages`` what is sharded (a table) · ``layout`` where every element is (integers) · ``plan`` which
 parameter belongs to which unit · ``options`` what the config says of it · ``bucket`` one flat buffer over the ranks ·
 ``group`` one unit at run time · ``order`` what comes next · ``reduce`` gradients leave in a fixed order · ``guard``
-what a sharded module shows · ``hooks`` when all this happens · ``step`` the optimizer over chunks · ``tensor_files``
-what is in a checkpoint · ``load``, ``meta``, ``init`` where values come from · ``gathered``, ``access`` looking and
-changing · ``leaves`` what is not split · ``away`` states put away between phases · ``shard`` the parts together.
+what a sharded module shows · ``hooks`` when all this happens · ``parameter_offload`` hooks off, hooks on · ``step`` the
+optimizer over chunks · ``tensor_files`` what is in a checkpoint · ``load``, ``meta``, ``init`` where values come from ·
+``gathered``, ``access`` looking and changing · ``leaves`` what is not split · ``away`` states put away between phases ·
+``shard`` the parts together.
 """
 
 from tritonspeed.zero.access import (
@@ -34,6 +35,7 @@ from tritonspeed.zero.load import load_safetensors
 from tritonspeed.zero.meta import apply_later
 from tritonspeed.zero.options import ShardOptions
 from tritonspeed.zero.order import Limits
+from tritonspeed.zero.parameter_offload import ParameterOffload
 from tritonspeed.zero.plan import LeafRules
 from tritonspeed.zero.shard import ShardedModel, shard
 from tritonspeed.zero.step import StepFacts, ZeroOptimizer
@@ -46,6 +48,7 @@ __all__ = [
     "Limits",
     "OffloadDeviceEnum",
     "OffloadStateTypeEnum",
+    "ParameterOffload",
     "ShardOptions",
     "ShardedModel",
     "StepFacts",

@@ -27,6 +27,7 @@ from tritonspeed.zero.hooks import Hooks
 from tritonspeed.zero.ledger import Ledger
 from tritonspeed.zero.meta import materialise
 from tritonspeed.zero.options import ShardOptions
+from tritonspeed.zero.parameter_offload import ParameterOffload
 from tritonspeed.zero.plan import UnitPlan, plan_buckets, plan_units
 from tritonspeed.zero.reduce import Reducer, departure_order
 from tritonspeed.zero.stages import Stage, stage_of
@@ -92,6 +93,7 @@ class ShardedModel:
         )
         self.reducer.requires_all = not self.options.ignore_unused_parameters
         self.hooks = Hooks(model, self.groups, self.reducer, self.options.limits)
+        self.parameter_offload = ParameterOffload(self.hooks) if self.stage.shards_parameters else None
         for group in self.groups:
             group.reshard()
         self.ledger.reset_peaks()
@@ -143,6 +145,8 @@ class ShardedModel:
             homes=self.homes,
             **options,
         )
+        if self.parameter_offload is not None:
+            self.stepper.parameter_offload = self.parameter_offload
         return self.stepper
 
     def full_state_dict(self, rank0_only: bool = True) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ from tritonspeed.zero.reduce import Reducer
 from tritonspeed.zero.states import ShardedStates
 from tritonspeed.zero.tile import Tile, cut_tiles, is_staged
 from tritonspeed.zero.whole import needs_whole, whole_step_of
+
+if TYPE_CHECKING:
+    from tritonspeed.zero.parameter_offload import ParameterOffload
 
 _UNCHECKED = "gradient not finite, first in {!r}: applied all the same, as bf16.check_grad_overflow is false"
 PUBLISHED_AT_ONCE = 2  # gathers of updated parameters under way, under the update of the next bucket
@@ -86,6 +89,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         ValueError: another optimizer that needs whole tensors, or one of ours that does although its state is to be
             offloaded, or one whose parameters are not the model's.
     """
+
+    parameter_offload: ParameterOffload  # there only where parameters are sharded: programs ask by hasattr
 
     def __init__(
         self,
