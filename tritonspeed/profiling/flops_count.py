@@ -10,7 +10,7 @@ The nodes are marked when a module's forward ends; nothing is added to the graph
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,13 +97,17 @@ class ModuleWatch:
             handle.remove()
         self._handles.clear()
 
+    def forget_times(self) -> None:
+        """Time from here on."""
+        self._spans.clear()
+
     def seconds(self) -> dict[str, float]:
         """What each module's forwards took, its children and what it waited for included. Waits for a GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for name, start, end in self._spans:
-            found[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start  # type: ignore[assignment]
+            found[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
         return dict(found)
 
     @contextmanager
@@ -153,7 +157,7 @@ class ModuleWatch:
             return
         if not num_flops:
             return
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         if self._running:
             kind = self.counts.recompute if in_backward() else self.counts.forward
             kind[self._running[-1].name] += num_flops
