@@ -49,7 +49,7 @@ def run_peer(python: str, case: Case, folder: Path) -> dict[str, Any]:
     config.write_text(json.dumps(case.config))
     out = folder / "out"
     launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(SCRIPTS / case.script), "--deepspeed", str(config), "--out", str(out), *case.arguments]
+    command = [*launch, str(SCRIPTS / case.script), *case.flags, str(config), "--out", str(out), *case.arguments]
     found = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"  # ninja stands beside the interpreter
     own = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     own["PATH"] = found

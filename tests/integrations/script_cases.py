@@ -26,6 +26,8 @@ class Case:
         no_peer: why real DeepSpeed cannot run it here; "" where it can.
         close: decimals to which figures agree with real DeepSpeed's, where a reason (``why``) keeps them from four.
         why: that reason.
+        environment: variables of the run.
+        flags: what stands before the config's path.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Case:
     close: int = 4
     why: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ("--deepspeed",)
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
@@ -75,12 +78,14 @@ def scheduled(stage: int, schedule: str, **params: Any) -> dict[str, Any]:
     return zero(stage, scheduler={"type": schedule, "params": params})
 
 
-def offloaded(device: str, **more: Any) -> dict[str, Any]:
-    """Stage 3 with parameters and optimizer on ``device``."""
-    config = zero(3, **more)
-    place = {"device": device, "pin_memory": True}
-    config["zero_optimization"].update(offload_optimizer=place, offload_param=place)
-    return config
+_OFFLOAD = ("offload_optimizer", "offload_param")
+
+
+def offloaded(device: str, path: Any = None, like: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Stage 3 with parameters and optimizer on ``device``; NVMe's in the folder ``path``."""
+    config = zero(3) if like is None else like
+    place = {"device": device, "pin_memory": True, **({} if path is None else {"nvme_path": str(path)})}
+    return {**config, "zero_optimization": {**config["zero_optimization"]} | dict.fromkeys(_OFFLOAD, place)}
 
 
 def unclipped(config: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +93,20 @@ def unclipped(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "gradient_clipping"}
 
 
+def ungathered(config: dict[str, Any]) -> dict[str, Any]:
+    """Whose saved weights stay in shards."""
+    shared = {**config["zero_optimization"], "stage3_gather_16bit_weights_on_model_save": False}
+    return {**config, "zero_optimization": shared}
+
+
 def trainer(name: str, config: dict[str, Any], *arguments: str, script: str = "causal", **more: Any) -> Case:
     """A run of a Trainer script."""
     return Case(f"trainer_{name}", f"trainer_{script}.py", config, arguments, **more)
+
+
+def _fp32_sums(config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed rounds averaged gradients to bf16, unless it is told not to."""
+    return {**config, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 _BF16 = {"close": 3, "why": "DeepSpeed rounds averaged gradients to bf16; here they stay fp32 until the step"}
@@ -99,10 +115,10 @@ _SAVED = ("--save_strategy=steps", "--save_steps=1", "--eval_strategy=steps", "-
 _BEST = (*_SAVED, "--load_best_model_at_end", "--per_device_eval_batch_size=2", "--samples=24")
 _EVALUATED = ("--eval_strategy=steps", "--eval_steps=2", "--per_device_eval_batch_size=2")
 TRAINER = [
-    *(trainer(f"causal-stage{stage}", zero(stage), "--generate") for stage in (0, 1, 2, 3)),
     trainer("stage0-cosine", zero(0), "--lr_scheduler_type=cosine", "--warmup_steps=2", "--max_grad_norm=0.3"),
+    trainer("stage1-linear", zero(1), "--generate"),
     trainer("stage1-warmup", with_auto(1, "WarmupLR"), *_UNEVEN, "--gradient_accumulation_steps=4", "--warmup_steps=3"),
-    trainer("stage2-decay", with_auto(2, "WarmupDecayLR"), *_EVALUATED, "--bf16", "--max_grad_norm=0.5", **_BF16),
+    trainer("stage2-decay", _fp32_sums(with_auto(2, "WarmupDecayLR")), *_EVALUATED, "--bf16", "--max_grad_norm=0.5"),
     trainer("stage2-range", unclipped(scheduled(2, "LRRangeTest", lr_range_test_min_lr=1e-3)), "--max_grad_norm=0.2"),
     trainer("stage2-bert", with_auto(2, None), "--model=bert", "--weight_decay=0.1", script="classify"),
     trainer(
@@ -119,6 +135,7 @@ TRAINER = [
         "--model=mixtral",
         "--label_smoothing_factor=0.1",
     ),
+    trainer("stage3-linear", zero(3), "--generate"),
     trainer("stage3-offload", offloaded("cpu"), "--generate"),
     trainer(
         "seq2seq-t5", with_auto(3, "WarmupLR"), "--model=t5", "--predict_with_generate", *_EVALUATED, script="seq2seq"
@@ -126,6 +143,7 @@ TRAINER = [
     trainer("seq2seq-bart", zero(2), "--model=bart", "--predict_with_generate", script="seq2seq"),
     trainer("pretrained-llama", zero(3), "--model=llama", "--max_steps=3", script="pretrained"),
     trainer("pretrained-gpt2", with_auto(3, None), "--model=gpt2", "--max_steps=3", script="pretrained"),
+    trainer("again-stage3", zero(3), "--generate", "--max_steps=2", script="again"),
 ]
 
 
@@ -161,6 +179,7 @@ ACCELERATE = [
 RESUMED = [
     trainer("save-stage1", zero(1), *_BEST, "--lr_scheduler_type=cosine", script="save"),
     trainer("save-stage3", with_auto(3, "WarmupDecayLR"), *_BEST, "--gradient_accumulation_steps=4", script="save"),
+    trainer("save-ungathered", ungathered(zero(3)), *_SAVED, "--max_steps=3", script="save"),
 ]
 _RATE = {"warmup_num_steps": 3, "warmup_max_lr": 0.01, "warmup_type": "linear"}
 _RUN = {"enabled": True, "job_name": "run"}
@@ -196,4 +215,83 @@ PEFT = [
     peft("head-stage3", zero(3), "--method=head", "--pretrained", "--checkpointing=reentrant", "--input_grads"),
     peft("dora-stage3", zero(3), "--method=dora"),
 ]
-CASES = [*PEFT, *MONITORED, *RESUMED, *ACCELERATE, *TRAINER]
+
+
+def own_loop(name: str, script: str, config: dict[str, Any], *arguments: str) -> Case:
+    """A run of a script that calls deepspeed.initialize itself, with the arguments of DeepSpeed's tutorials."""
+    flags = ("--deepspeed", "--deepspeed_config")
+    return Case(f"raw_{name}", f"raw_{script}.py", {**config}, arguments, flags=flags)
+
+
+def sharded(stage: int, **more: Any) -> dict[str, Any]:
+    """Everything sharded that the stage shards, however small."""
+    return {"stage": stage, "stage3_param_persistence_threshold": 0, **more}
+
+
+_CPU = {"offload_optimizer": {"device": "cpu"}}
+RAW = [
+    own_loop(
+        "cifar",
+        "cifar",
+        {
+            "train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "steps_per_print": 2000,
+            "optimizer": {
+                "type": "Adam",
+                "params": {"lr": 1e-3, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7},
+            },
+            "scheduler": {
+                "type": "WarmupLR",
+                "params": {"warmup_min_lr": 0, "warmup_max_lr": 1e-3, "warmup_num_steps": 5},
+            },
+            "gradient_clipping": 1.0,
+            "prescale_gradients": False,
+            "fp16": {"enabled": False},
+            "wall_clock_breakdown": False,
+            "zero_optimization": {"stage": 1, "allgather_partitions": True, "reduce_scatter": True},
+        },
+    ),
+    own_loop(
+        "gpt-stage3",
+        "gpt",
+        {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "zero_optimization": sharded(3, **_CPU),
+            "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
+        },
+    ),
+    own_loop(
+        "rlhf-stage3",
+        "rlhf",
+        {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.0}},
+            "zero_optimization": sharded(3),
+        },
+    ),
+]
+
+
+def lightning(name: str, script: str, config: dict[str, Any], *arguments: str) -> Case:
+    """A run of a Lightning script."""
+    why = "Lightning gives DeepSpeed a device without a number on a CPU, and DeepSpeed refuses it"
+    return Case(f"lightning_{name}", f"lightning_{script}.py", config, arguments, no_peer=why)
+
+
+_FABRIC = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}
+LIGHTNING = [
+    lightning("fit-stage2", "fit", {"zero_optimization": sharded(2), "zero_allow_untested_optimizer": True}),
+    lightning(
+        "fit-stage3",
+        "fit",
+        {"zero_optimization": sharded(3, **_CPU), "zero_allow_untested_optimizer": True},
+        "--package=pytorch_lightning",
+    ),
+    lightning("fabric-stage2", "fabric_loop", {**_FABRIC, "zero_optimization": sharded(2)}),
+    lightning("fabric-stage3", "fabric_loop", {**_FABRIC, "zero_optimization": sharded(3)}),
+]
+CASES = [*RAW, *LIGHTNING, *PEFT, *MONITORED, *RESUMED, *ACCELERATE, *TRAINER]

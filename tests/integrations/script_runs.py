@@ -25,7 +25,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     config.write_text(json.dumps(case.config))
     out = folder / "out"
     command = [sys.executable, "-m", "tritonspeed.cli", "run", "--num_gpus", "2", "--no_local_rank"]
-    command += [str(SCRIPTS / case.script), "--deepspeed", str(config), "--out", str(out), *case.arguments]
+    command += [str(SCRIPTS / case.script), *case.flags, str(config), "--out", str(out), *case.arguments]
     env = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **case.environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, cwd=folder)
     output = done.stdout + done.stderr
@@ -53,6 +53,8 @@ def differences(case: Case, record: dict[str, Any], other: dict[str, Any]) -> li
 
 
 def _same(a: Any, b: Any, limit: float) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_same(x, y, limit) for x, y in zip(a, b, strict=True))
     if isinstance(a, float | int) and isinstance(b, float | int):
         return abs(a - b) <= limit * max(1.0, abs(b))
     return a == b
