@@ -346,7 +346,7 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
             wait = torch.cuda.synchronize
             wait()
         start = time.perf_counter()
-        with self.mesh.spans.phase(name, self._watch.owner):
+        with self.mesh.spans.phase(name, self._watch.owner), self._flops.phase(name, self.global_steps):
             yield
             if wait is not None:
                 wait()

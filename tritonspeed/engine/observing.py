@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from tritonspeed.monitor import MonitorMaster
 from tritonspeed.profiling import StepTimes, Trace, Watch, log_summary
+from tritonspeed.profiling.flops_step import FlopsOfStep
+from tritonspeed.profiling.flops_table import FlopsProfile
+from tritonspeed.profiling.reduce_time import ReduceTime
+from tritonspeed.profiling.throughput import Throughput
 
 if TYPE_CHECKING:
     from tritonspeed.comm import Mesh
     from tritonspeed.config import Config
     from tritonspeed.engine.report import StepReport
+    from tritonspeed.precision import Policy
     from tritonspeed.zero import ShardedModel
 
 log = logging.getLogger("tritonspeed")
@@ -23,16 +28,27 @@ class Observing:
     """The half of the engine that watches. The other halves give the attributes below."""
 
     config: Config
+    policy: Policy
     mesh: Mesh
     sharded: ShardedModel
     global_samples: int
     get_lr: Callable[[], list[float]]
     loss_scale: Callable[[], float]
+    _micro_batch: Any
 
     def _begin_observing(self) -> None:
         """The engine has been made: start what its config asks for."""
         self.monitor = MonitorMaster(self.config, self.mesh.rank)
         self._watch = Watch(self.sharded, self.config)
+        self._flops = FlopsOfStep(self.sharded, self.config, self.policy)
+        every = self.config.steps_per_print
+        says_speed = self.config.timers.throughput.enabled and bool(every) and every != float("inf")
+        is_first = self.mesh.rank == 0
+        self._speed = Throughput(self.sharded.model, self.mesh.world) if says_speed and is_first else None
+        self._reduce_time: ReduceTime | None = None
+        if is_first and self.monitor.enabled and (self.config.wall_clock_breakdown or self._flops.is_asked):
+            self._reduce_time = ReduceTime(self._watch.owner)
+            self.mesh.spans.listen(self._reduce_time, self.mesh.device)
 
     def _observe_step(self, report: StepReport, due: bool) -> None:
         """A step has been made; on every rank.
@@ -42,25 +58,40 @@ class Observing:
             due: it is one of those that ``steps_per_print`` prints.
         """
         self._watch.end_step(report)
+        self._flops.end_step(report.step, self._micro_batch)
+        if self._speed is not None:
+            profile = self._flops.profile
+            if profile is not None:
+                self._speed.counted = profile.num_forward + profile.num_backward, profile.num_samples
+            self._speed.end_step(report, self.global_samples, due)
         if self.monitor.enabled:
             self._monitor_step(report)
             if due:
                 self.monitor.flush()
 
     def _monitor_step(self, report: StepReport) -> None:
-        with_times = self.config.wall_clock_breakdown or self.config.flops_profiler.enabled
         self.monitor.write_step(
             report,
             self.global_samples,
             lr=next(iter(self.get_lr()), None),
             loss_scale=self.loss_scale() if self.config.fp16.enabled else None,
-            reduce_ms=0.0 if with_times else None,
+            reduce_ms=self._reduce_time.take_ms() if self._reduce_time is not None else None,
         )
 
     def _end_observing(self) -> None:
         """The engine is destroyed: let go of everything."""
         self.monitor.close()
         self._watch.close()
+        self._flops.close()
+        if self._speed is not None:
+            self._speed.close()
+        if self._reduce_time is not None:
+            self.mesh.spans.leave(self._reduce_time)
+
+    @property
+    def last_flops(self) -> FlopsProfile | None:
+        """What ``flops_profiler`` found, as numbers, on rank 0; None before. ``print(engine.last_flops.table())``."""
+        return self._flops.profile
 
     @property
     def last_times(self) -> StepTimes | None:

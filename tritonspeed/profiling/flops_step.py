@@ -45,7 +45,8 @@ class FlopsOfStep:
         self.settings = config.flops_profiler
         self.profile: FlopsProfile | None = None
         self._model, self._device, self._world = sharded.model, sharded.mesh.device, sharded.mesh.world
-        self._is_on = self.settings.enabled and sharded.mesh.rank == 0
+        self.is_asked = self.settings.enabled
+        self._is_on = self.is_asked and sharded.mesh.rank == 0
         self._shape: Shape | None = shape_of(sharded, policy) if self._is_on else None
         self._watch: ModuleWatch | None = None
         self._root: Any = None

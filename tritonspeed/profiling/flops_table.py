@@ -227,14 +227,14 @@ class FlopsProfile:
         ]
         width = max(len(name) for name in names)
         head = ("params", "%", "forward", "%", "fwd time", "%", "fwd speed", "backward", "recomputed")
-        yield f"{'module':{width}}" + "".join(f"{title:>12}" if title != "%" else f"{title:>6}" for title in head)
+        yield f"{'module':{width}}" + "".join(f"{title:>14}" if title != "%" else f"{title:>7}" for title in head)
         for name, row in zip(names, shown, strict=True):
             speed = f"{_si(row.forward / row.seconds)}FLOP/s" if row.seconds and row.forward else "-"
             cells = [
-                *(f"{_si(row.params):>12}", _percent(row.params, whole.params)),
-                *(f"{_flop(row.forward):>12}", _percent(row.forward, whole.forward)),
-                *(f"{_time(row.seconds):>12}", _percent(row.seconds, whole.seconds)),
-                *(f"{speed:>12}", f"{_flop(row.backward):>12}", f"{_flop(row.recompute):>12}"),
+                *(f"{_si(row.params):>14}", _percent(row.params, whole.params)),
+                *(f"{_flop(row.forward):>14}", _percent(row.forward, whole.forward)),
+                *(f"{_time(row.seconds):>14}", _percent(row.seconds, whole.seconds)),
+                *(f"{speed:>14}", f"{_flop(row.backward):>14}", f"{_flop(row.recompute):>14}"),
             ]
             yield f"{name:{width}}" + "".join(cells)
 
@@ -268,7 +268,7 @@ def _work(num_flops: float, seconds: float) -> str:
 
 
 def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:5.1f}%" if whole else f"{'-':>6}"
+    return f"{100 * part / whole:6.1f}%" if whole else f"{'-':>7}"
 
 
 def _flop(value: float) -> str:
