@@ -92,7 +92,7 @@ def test_the_objects_are_the_native_ones() -> None:
 
     import tritonspeed as ts
 
-    assert deepspeed.DeepSpeedEngine is ts.Engine and deepspeed.initialize is ts.initialize
+    assert deepspeed.DeepSpeedEngine is ts.Engine and deepspeed.initialize.__wrapped__ is ts.initialize
     assert deepspeed.zero.Init is ts.zero.Init is partition_parameters.Init
     assert logger.name == "tritonspeed"
     assert deepspeed.dist is deepspeed.comm

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from tritonspeed import cli
-from tritonspeed.integrations.finder import FORCE_VARIABLE, installed_deepspeed, is_forced
+from tritonspeed.integrations.finder import FORCE_VARIABLE, installed_deepspeed, is_active, is_forced
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,9 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     real = installed_deepspeed()
-    if real is not None and not is_forced():
-        print(f"[tritonspeed] `deepspeed` is DeepSpeed {real}'s own launcher ({FORCE_VARIABLE}=1 for ours)", flush=True)
-        return importlib.import_module("deepspeed.launcher.runner").main(words) or 0
-    if words[:1] in (["--version"], ["-v"]):
-        words = ["--version"]
-    return cli.main(words if words == ["--version"] else ["run", *words])
+    if real is None or is_forced() or is_active():
+        return cli.main(["run", *words])
+    print(f"deepspeed: DeepSpeed {real}'s own launcher ({FORCE_VARIABLE}=1 for tritonspeed's)", file=sys.stderr)
+    return importlib.import_module("deepspeed.launcher.runner").main(words) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

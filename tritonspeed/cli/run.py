@@ -37,7 +37,7 @@ from tritonspeed.cli.plan import (
 )
 from tritonspeed.cli.remote import Ssh, command_for, is_this_machine, run_hosts
 from tritonspeed.cli.run_flags import add_arguments, refuse
-from tritonspeed.integrations.finder import path_variables
+from tritonspeed.integrations.finder import FORCE_VARIABLE, path_variables, real_deepspeed
 
 __all__ = ["add_arguments", "run"]
 
@@ -56,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     refuse(args)
     script = _script(args)
     env = variables.read_files(os.environ, Path.home(), Path.cwd())
+    real = real_deepspeed({**os.environ, **env})
+    if real is not None:
+        _say(args, f"`import deepspeed` gives DeepSpeed {real} ({FORCE_VARIABLE}=1 gives tritonspeed)")
     env |= path_variables({**os.environ, **env})  # `import deepspeed` finds tritonspeed
     hosts = _read_hosts(args)
     if hosts:

@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.abc import Loader
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import DistributionFinder
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +32,7 @@ log = logging.getLogger("tritonspeed")
 
 FOLDER = Path(__file__).parent / "path"
 FORCE_VARIABLE = "TRITONSPEED_AS_DEEPSPEED"
+_SAID_VARIABLE = "TRITONSPEED_SAID"  # inherited: of a launcher, its ranks and what they start, one says who answers
 _DECIDED_BY = (  # modules that look for deepspeed while they are imported
     *("accelerate", "transformers.integrations.deepspeed", "transformers.trainer"),
     *("lightning.fabric.strategies.deepspeed", "lightning_fabric.strategies.deepspeed"),
@@ -47,6 +48,16 @@ class _FacadeLoader(Loader):
             _announce()
 
 
+class _MainLoader(Loader):
+    """What ``python -m deepspeed.launcher.runner`` runs: the table's ``main`` of that module."""
+
+    def __init__(self, module_name: str) -> None:
+        self._code = f"import sys\nfrom {module_name} import main\nsys.exit(main())\n"
+
+    def get_code(self, fullname: str) -> Any:
+        return compile(self._code, f"<{fullname}>", "exec")
+
+
 class Finder(DistributionFinder):
     """Finds ``deepspeed``, its submodules and its metadata, without a file of that name on the path."""
 
@@ -58,6 +69,9 @@ class Finder(DistributionFinder):
         """
         if fullname.partition(".")[0] != "deepspeed":
             return None
+        parent, _, last = fullname.rpartition(".")
+        if last == "__main__" and "main" in names.MODULES.get(parent, {}):
+            return ModuleSpec(fullname, _MainLoader(parent), origin=str(FOLDER / "deepspeed"))
         if fullname not in names.MODULES:
             # Without `name`: `from deepspeed.zero import something` asks for a module last, and where that error names
             # this module, Python drops it for a "cannot import name" of its own, which does not say why.
@@ -75,17 +89,36 @@ class Finder(DistributionFinder):
             )
 
 
-def installed_deepspeed() -> str | None:
-    """The version of a real DeepSpeed in this environment; None where there is none."""
-    for found in importlib.metadata.distributions(name="deepspeed"):
+def installed_deepspeed(places: Sequence[str] | None = None) -> str | None:
+    """The version of a real DeepSpeed in this environment, and its place if nobody installed it; None without one.
+
+    Args:
+        places: folders to look in; None is ``sys.path``, and what import hooks of editable installations find.
+    """
+    given = {} if places is None else {"path": list(places)}
+    for found in importlib.metadata.distributions(name="deepspeed", **given):
         if "+tritonspeed" not in found.version:
             return found.version
-    return None
+    spec = PathFinder.find_spec("deepspeed", [place for place in places or sys.path if place != str(FOLDER)])
+    if spec is None or spec.origin is None:  # nothing, or a folder that happens to have the name
+        return None
+    root = Path(spec.origin).parent
+    said = root.parent / "version.txt"  # of a checkout
+    return f"{said.read_text().strip() if said.is_file() else 'of an unknown version'} in {root}"
 
 
 def is_forced() -> bool:
     """Whether tritonspeed is to stand in although a real DeepSpeed is installed (TRITONSPEED_AS_DEEPSPEED=1)."""
     return os.environ.get(FORCE_VARIABLE, "").lower() in ("1", "true", "yes")
+
+
+def real_deepspeed(env: Mapping[str, str]) -> str | None:
+    """The real DeepSpeed that a process started with these variables is left with; None: ``path_variables`` gives ours.
+
+    Args:
+        env: its environment.
+    """
+    return None if is_forced() else installed_deepspeed() or installed_deepspeed(_python_path(env))
 
 
 def path_variables(env: Mapping[str, str]) -> dict[str, str]:
@@ -95,12 +128,14 @@ def path_variables(env: Mapping[str, str]) -> dict[str, str]:
         env: the environment that they are added to.
 
     Returns:
-        PYTHONPATH with the façade's folder first; nothing where a real DeepSpeed is installed and nobody forces this.
+        PYTHONPATH, with the façade's folder first; without it where there is a real DeepSpeed and nobody forces this.
     """
-    if installed_deepspeed() is not None and not is_forced():
-        return {}
-    others = [place for place in env.get("PYTHONPATH", "").split(os.pathsep) if place and place != str(FOLDER)]
-    return {"PYTHONPATH": os.pathsep.join([str(FOLDER), *others])}
+    first = [str(FOLDER)] if real_deepspeed(env) is None else []
+    return {"PYTHONPATH": os.pathsep.join([*first, *_python_path(env)])} if first or "PYTHONPATH" in env else {}
+
+
+def _python_path(env: Mapping[str, str]) -> list[str]:
+    return [place for place in env.get("PYTHONPATH", "").split(os.pathsep) if place and place != str(FOLDER)]
 
 
 def is_active() -> bool:
@@ -124,8 +159,8 @@ def install() -> None:
     real = installed_deepspeed()
     if real is not None and not is_forced():
         raise ImportError(
-            f"DeepSpeed {real} is installed, and tritonspeed does not take its place in silence: set"
-            f" {FORCE_VARIABLE}=1, or uninstall deepspeed, or leave `import tritonspeed.hf` out to use DeepSpeed"
+            f"there is a DeepSpeed {real}, and tritonspeed does not take its place in silence: set"
+            f" {FORCE_VARIABLE}=1, or remove it, or leave `import tritonspeed.hf` out to use DeepSpeed"
         )
     late = [name for name in ("deepspeed", *_DECIDED_BY) if name in sys.modules]
     if late:
@@ -152,10 +187,13 @@ def take_over(module_name: str) -> None:
 
 
 def _announce() -> None:
-    """Once per process, on rank 0: which engine answers."""
-    if os.environ.get("RANK", "0") != "0":
+    """Once per run, on rank 0: which engine answers."""
+    if os.environ.get("RANK", "0") != "0" or os.environ.get(_SAID_VARIABLE):
         return
+    os.environ[_SAID_VARIABLE] = "1"
     speak()
     real = installed_deepspeed()
-    instead = f", in place of the DeepSpeed {real} that is installed" if real else ""
-    log.info("`deepspeed` is tritonspeed %s here%s", __version__, instead)
+    if real is None:
+        log.info("`deepspeed` is tritonspeed %s here", __version__)
+    else:
+        log.warning("`deepspeed` is tritonspeed %s here, in place of the DeepSpeed %s", __version__, real)

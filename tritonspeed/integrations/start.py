@@ -7,11 +7,12 @@ fail. Real DeepSpeed has the same fault. Telling its shared state which backend 
 
 from __future__ import annotations
 
+import functools
 import sys
 from datetime import timedelta
 from typing import Any
 
-from tritonspeed import comm
+from tritonspeed import comm, engine
 
 
 def init_distributed(
@@ -43,6 +44,14 @@ def init_distributed(
             dist_backend, distributed_port, timeout, init_method, rank=rank, world_size=world_size, alone=True
         )
     _tell_accelerate()
+
+
+@functools.wraps(engine.initialize)
+def initialize(*args: Any, **kwargs: Any) -> Any:
+    """``tritonspeed.initialize``; where no launcher started this process, in a process group of its own."""
+    if kwargs.get("dist_init_required") is not False:
+        init_distributed(distributed_port=kwargs.get("distributed_port", 29500))
+    return engine.initialize(*args, **kwargs)
 
 
 def is_initialized() -> bool:

@@ -164,6 +164,7 @@ MODULES: dict[str, Rows] = {
             f"{_OWN}.zero_files",
             "get_model_state_file get_optim_files",
         ),
+        "main": here("tritonspeed.cli.zero_to_fp32:main", "python -m deepspeed.utils.zero_to_fp32"),
         "GatheredTensor": here("tritonspeed.checkpoint.zero_to_fp32:LazyTensor"),
         "debug": here(f"{_OWN}.facts:NO_DEBUG"),
         **without(

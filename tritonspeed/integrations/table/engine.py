@@ -66,8 +66,8 @@ MODULES: dict[str, Rows] = {
     "deepspeed": {
         "__version__": here(f"{_FACTS}:VERSION"),
         **_ABOUT,
-        **same(_ENGINE, "initialize add_config_arguments"),
-        **same(f"{_OWN}.start", "init_distributed"),
+        **same(_ENGINE, "add_config_arguments"),
+        **same(f"{_OWN}.start", "initialize init_distributed"),
         **same(f"{_OWN}.stand_ins", "get_accelerator logger log_dist"),
         **same(f"{_OWN}.utilities", "OnDevice"),
         "DeepSpeedEngine": here(f"{_ENGINE}:Engine"),
