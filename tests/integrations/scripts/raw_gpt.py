@@ -28,7 +28,7 @@ config = json.loads(Path(args.deepspeed_config).read_text())
 deepspeed.checkpointing.configure(None, deepspeed_config=args.deepspeed_config)
 
 
-def build(seed: int) -> tuple[Any, ...]:
+def build(seed: int) -> Any:
     torch.manual_seed(seed)
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = PlainGPT(call=deepspeed.checkpointing.checkpoint)
@@ -41,10 +41,7 @@ def build(seed: int) -> tuple[Any, ...]:
     chosen = {"cpu": DeepSpeedCPUAdam, "fused": FusedAdam, "torch": torch.optim.AdamW}[args.optimizer]
     optimizer = chosen(groups, lr=3e-3, betas=(0.9, 0.95))
     schedule = WarmupLR(optimizer, warmup_min_lr=0, warmup_max_lr=3e-3, warmup_num_steps=3, warmup_type="linear")
-    engine, _, _, schedule = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
-    )
-    return engine, schedule
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
 
 
 def train(engine: Any, first: int, count: int) -> list[dict[str, float]]:
@@ -82,13 +79,13 @@ def evaluate(engine: Any) -> float:
         return token_loss(engine(tokens), tokens).item()
 
 
-engine, schedule = build(0)
+engine = build(0)
 steps = train(engine, 0, 3)
 engine.save_checkpoint(args.out, tag="three", client_state={"step": 3, "words": ["a", "b"]})
 steps += train(engine, 3, 2)
 metrics: dict[str, Any] = {"eval_loss": evaluate(engine), "type": engine.zero_optimization_stage()}
 
-again, _ = build(1)
+again = build(1)
 path, client_state = again.load_checkpoint(args.out)
 metrics |= {"client_step": client_state["step"], "words": client_state["words"], "tag_in_path": "three" in path}
 resumed = train(again, 3, 2)
