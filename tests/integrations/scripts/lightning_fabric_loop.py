@@ -85,3 +85,4 @@ valid = token_rows(8, seed=2)
 metrics = {"valid_loss": evaluate(again, valid), "position": state["position"], "resumed_the_same": resumed == rest}
 if fabric.global_rank == 0:
     record(args.out, steps + rest, **metrics)
+torch.distributed.destroy_process_group()
