@@ -6,7 +6,7 @@
 ``services`` writers to services: wandb, Comet, Trackio
 """
 
-from tritonspeed.monitor.master import MonitorMaster
+from tritonspeed.monitor.master import MonitorMaster, get_monitor_config
 from tritonspeed.monitor.outbox import Event
 
-__all__ = ["Event", "MonitorMaster"]
+__all__ = ["Event", "MonitorMaster", "get_monitor_config"]

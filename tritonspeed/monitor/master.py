@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
 from tritonspeed import comm
+from tritonspeed.config import Config, load
 from tritonspeed.monitor.files import CsvWriter, JsonlWriter, TensorboardWriter
 from tritonspeed.monitor.outbox import Entry, Event, Outbox, Writer
 from tritonspeed.monitor.services import CometWriter, RunWriter
@@ -98,6 +99,12 @@ class MonitorMaster:
         """Write what waits, and end the files."""
         if self._outbox is not None:
             self._outbox.close()
+
+
+def get_monitor_config(param_dict: Mapping[str, Any]) -> Config:
+    """The monitor blocks of a ds_config.json's dict, for ``MonitorMaster``; the rest of it is not looked at."""
+    blocks = {name: param_dict[name] for name in (*FILES, *SERVICES) if name in param_dict}
+    return load({"train_micro_batch_size_per_gpu": 1, **blocks})
 
 
 def _number(value: Any) -> Any:

@@ -225,6 +225,11 @@ def flops_to_string(flops: float, units: str | None = None, precision: int = 2) 
     return f"{number_to_string(flops, units, precision)}FLOPS"
 
 
+def bytes_to_string(b: float, units: str | None = None, precision: int = 2) -> str:
+    """ "1.23 GB"."""
+    return f"{number_to_string(b, units, precision)}B"
+
+
 def params_to_string(params_num: float, units: str | None = None, precision: int = 2) -> str:
     """ "1.23 B", "4.5 M", "81": billions are B."""
     units = units.replace("B", "G") if units else units

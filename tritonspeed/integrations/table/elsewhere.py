@@ -13,7 +13,6 @@ from tritonspeed.integrations.table.reasons import (
     METRICS,
     MOE,
     OPS,
-    PROFILER,
     SEQUENCE,
     TENSOR_PARALLEL,
     TIMERS,
@@ -27,12 +26,19 @@ _LOGGING: Rows = {
     **same(f"{_OWN}.stand_ins", "logger log_dist"),
     **same(_UTILITIES, "log_dist_once set_log_level_from_string warning_once"),
 }
-_PROFILER: Rows = without(
-    PROFILER,
-    "FlopsProfiler Tensor bytes_to_string duration_to_string flops_to_string get_model_profile get_module_duration"
-    " get_module_flops get_module_macs macs_to_string module_flop_count module_mac_count number_to_string"
-    " old_functions params_to_string wrapFunc",
-)
+_PROFILER: Rows = {
+    **same(
+        "tritonspeed.profiling.flops_profiler",
+        "FlopsProfiler get_model_profile bytes_to_string duration_to_string flops_to_string macs_to_string"
+        " number_to_string params_to_string",
+    ),
+    "Tensor": here("torch:Tensor"),
+    **without(
+        "figures are not kept in modules: FlopsProfiler(model).profile.rows has those of every module",
+        "get_module_duration get_module_flops get_module_macs module_flop_count module_mac_count old_functions"
+        " wrapFunc",
+    ),
+}
 _CHECKPOINT_NAMES = "get_layer_ckpt_name_for_rank get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank"
 
 MODULES: dict[str, Rows] = {
@@ -90,7 +96,14 @@ MODULES: dict[str, Rows] = {
         ),
     },
     "deepspeed.monitor": {},
-    "deepspeed.monitor.monitor": without(METRICS, "Monitor MonitorMaster"),
+    "deepspeed.monitor.config": {
+        **same("tritonspeed.monitor", "get_monitor_config"),
+        **without(METRICS, "CSVConfig CometConfig DeepSpeedMonitorConfig TensorBoardConfig WandbConfig"),
+    },
+    "deepspeed.monitor.monitor": {
+        **same("tritonspeed.monitor", "MonitorMaster"),
+        **without("engine.monitor.write_events() writes to all monitors that the config enables", "Monitor"),
+    },
     "deepspeed.ops.op_builder": without(
         OPS, "OpBuilder builder_closure get_default_compute_capabilities op_builder_dir this_module"
     )
