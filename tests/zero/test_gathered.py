@@ -98,6 +98,31 @@ def test_one_rank_changes_for_all(ranks: Any, sharding: str, precision: str | No
     ranks(2, change, sharding, precision, modifier)
 
 
+def replace_data(sharding: str, precision: str | None) -> None:
+    """``p.data = values`` leaves the version of ``p`` as it was, and the flat buffer without the values."""
+    net, optimizer, values = sharded_net(sharding, precision)
+    p, wanted = net.blocks[1].up.weight, values["blocks.1.up.weight"]
+    with GatheredParameters([p], modifier_rank=1):
+        p.data = torch.full(p.shape, 2.5 + dist.get_rank())
+    wanted.fill_(3.5)
+    same(safe_get_full_fp32_param(p), wanted.float())
+    with pytest.raises(ValueError, match="were changed inside"), GatheredParameters([p]):
+        p.data = torch.zeros(p.shape)
+    with pytest.raises(ValueError, match="was given data of shape"), GatheredParameters([p], modifier_rank=0):
+        p.data = torch.zeros(3)
+    assert_at_rest(net._tritonspeed)
+    optimizer.param_groups[0]["lr"] = 0.0
+    one_pass(net, dist.get_rank(), 0)
+    optimizer.step()
+    same(net._tritonspeed.full_state_dict(rank0_only=False)["blocks.1.up.weight"], wanted)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_other_data_given_to_a_parameter_is_kept(ranks: Any, sharding: str, precision: str | None) -> None:
+    ranks(2, replace_data, sharding, precision)
+
+
 def change_in_any_order(sharding: str) -> None:
     net, _, values = sharded_net(sharding)
     named = dict(net.named_parameters())

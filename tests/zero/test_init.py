@@ -88,7 +88,7 @@ def built(name: str) -> None:
     for key, value in got.items():
         torch.testing.assert_close(value, want[key].detach(), rtol=0, atol=0, msg=lambda text, k=key: f"{k}: {text}")
         assert dict(model.named_parameters(remove_duplicate=False))[key].requires_grad == want[key].requires_grad
-    assert all(type(m._parameters) is dict for m in model.modules())
+    assert not any(isinstance(m._parameters, zero_init.GuardedParameters) for m in model.modules())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -142,15 +142,40 @@ def not_yet_ready() -> None:
         model = Net()
     with pytest.raises(ValueError, match="built under zero.Init and nobody gathers"):
         model(*batch(0, 0))
-    for make in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(ValueError, match="cannot be copied or pickled"):
-            make(model)
+    with pytest.raises(ValueError, match="cannot be pickled"):
+        pickle.dumps(model)
     with ts.zero.GatheredParameters(model.parameters()):
         assert not model(*batch(0, 0)).isnan()
 
 
 def test_its_forward_before_it_is_trained_is_refused(ranks: Any) -> None:
     ranks(2, not_yet_ready)
+
+
+def copied_before_it_trains() -> None:
+    torch.manual_seed(0)
+    plain = Net(depth=2, tied=True)
+    torch.manual_seed(0)
+    with ts.zero.Init():
+        model = Net(depth=2, tied=True)
+        inner = copy.deepcopy(model.blocks[0])  # as constructors do: nn.TransformerEncoder
+        model.more = inner
+    assert group_of(inner.up.weight) not in (None, group_of(model.blocks[0].up.weight))
+    del model.more
+    twin, block = copy.deepcopy(model), copy.deepcopy(model.blocks[1])
+    assert not any(group_of(p) for p in [*twin.parameters(), *block.parameters()])
+    torch.testing.assert_close(dict(twin.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(dict(block.state_dict()), dict(plain.blocks[1].state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(values(inner), dict(plain.blocks[0].named_parameters()), rtol=0, atol=0)
+    assert len(list(twin.parameters())) == len(list(plain.parameters())), "tied weights stay tied"
+    assert float(twin(*batch(0, 0))) == float(plain(*batch(0, 0)))
+    assert all(p.isnan().all() for p in model.parameters()), "the model is as it was"
+    pickle.loads(pickle.dumps(twin))
+
+
+def test_a_deep_copy_has_the_values(ranks: Any) -> None:
+    """PEFT copies the layer that is trained beside the adapters; constructors copy blocks."""
+    ranks(2, copied_before_it_trains)
 
 
 def contexts() -> None:

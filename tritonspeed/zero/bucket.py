@@ -180,6 +180,33 @@ class Bucket(Gradient):
         for p, tensor in zip(self.parameters, tensors, strict=True):
             p.data = tensor
 
+    def view_again(self, index: int, take: bool) -> bool:
+        """Where somebody gave a whole parameter other memory (``p.data = values``): make it a view of ``whole`` again.
+
+        Args:
+            index: which.
+            take: copy the values that it was given into ``whole``; else they are dropped.
+
+        Returns:
+            Whether it had other memory.
+
+        Raises:
+            ValueError: values of another shape.
+        """
+        p, view = self.parameters[index], self._views[index]
+        given = p.data
+        if given.data_ptr() == view.data_ptr() and given.shape == view.shape:
+            return False
+        p.data = view
+        if given.shape != view.shape:
+            raise ValueError(
+                f"a parameter of '{self.name}' has the shape {tuple(view.shape)} and was given data of shape"
+                f" {tuple(given.shape)}: shapes are fixed once ZeRO manages a parameter, change them before"
+            )
+        if take:
+            view.copy_(given)
+        return True
+
     def unshard(self, ahead: bool = False) -> None:
         """Start gathering ``whole``; a no-op unless it is sharded. ``wait`` ends it.
 

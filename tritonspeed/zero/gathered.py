@@ -28,7 +28,8 @@ class GatheredParameters:
         enabled: False makes the context a no-op.
 
     Raises:
-        ValueError: on leaving, when parameters were changed in place although ``modifier_rank`` is None.
+        ValueError: on leaving, when parameters were changed, in place or by ``p.data = values``, although
+            ``modifier_rank`` is None; or were given data of another shape.
     """
 
     def __init__(
@@ -53,21 +54,28 @@ class GatheredParameters:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        # versions only grow: what a context inside this one has kept is not lost
-        changed = [p for p in self.params if p._version > max(self._versions[id(p)], _kept.get(p, 0))]
         try:
+            replaced = [p for p in self.params if self._view_again(p, kind is None)]
+            # versions only grow: what a context inside this one has kept is not lost
+            changed = [p for p in self.params if p._version > max(self._versions[id(p)], _kept.get(p, 0))]
             if kind is None and self.modifier_rank is not None:
                 self._keep_changes()
-            elif kind is None and changed:
+            elif kind is None and (changed or replaced):
                 raise ValueError(
-                    f"{len(changed)} parameter(s), the first of shape {tuple(changed[0].shape)}, were changed inside"
-                    " GatheredParameters with modifier_rank=None, and the changes would be lost: name the rank whose"
-                    " values to keep, modifier_rank=0"
+                    f"{len(changed + replaced)} parameter(s), the first of shape"
+                    f" {tuple((changed + replaced)[0].shape)}, were changed inside GatheredParameters with"
+                    " modifier_rank=None, and the changes would be lost: name the rank whose values to keep,"
+                    " modifier_rank=0"
                 )
         finally:
             for group in self._groups:
                 group.release("gathered")
                 group.reshard()
+
+    def _view_again(self, p: Parameter, keeps: bool) -> bool:
+        """Whether ``p.data = values`` was said of it, as PEFT does where it merges; the modifier's values are taken."""
+        _, bucket, index = place_of(p)
+        return bucket.view_again(index, take=keeps and bucket.mesh.rank == self.modifier_rank)
 
     def _keep_changes(self) -> None:
         assert self.modifier_rank is not None, "changes are kept of a rank that was named"

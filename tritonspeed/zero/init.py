@@ -16,6 +16,7 @@ gone.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 from contextlib import suppress
@@ -33,8 +34,8 @@ from tritonspeed.comm import Mesh
 from tritonspeed.config import Config, load
 from tritonspeed.offload import Offload, Tier
 from tritonspeed.zero.bucket import Bucket
-from tritonspeed.zero.group import Group, group_of
-from tritonspeed.zero.guard import GATHER_FIRST, GuardedParameters
+from tritonspeed.zero.group import Group, group_of, groups_of
+from tritonspeed.zero.guard import GATHER_FIRST, GuardedParameters, ModuleHook
 from tritonspeed.zero.homes import Homes
 from tritonspeed.zero.layout import lay_out
 from tritonspeed.zero.ledger import Ledger
@@ -78,6 +79,32 @@ class BuildingParameters(GuardedParameters):
         self._read_all()
         return super().values()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Parameter | None]:
+        return {name: copy.deepcopy(self[name], memo) for name in self}
+
+
+class CutParameters(dict):
+    """A module's ``_parameters`` once the model is built. A deep copy has the values, whole; it is collective.
+
+    PEFT copies a layer that is trained beside its adapters, before anything is trained.
+    """
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Parameter | None]:
+        groups = groups_of([p for p in self.values() if p is not None])
+        for group in groups:
+            group.acquire("copied")
+        try:
+            return {name: copy.deepcopy(p, memo) for name, p in self.items()}
+        finally:
+            for group in groups:
+                group.release("copied")
+                group.reshard()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
 
 class Unready:
     """Pre-hook of a module whose parameters ``zero.Init`` has cut: keeps their parts alive, and refuses its forward.
@@ -96,10 +123,13 @@ class Unready:
                 " model to initialize() or zero.shard() first, or enter ts.zero.GatheredParameters(model.parameters())"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
+        return ModuleHook()  # the copy is whole: there is nothing to keep, or to refuse
+
     def __reduce__(self) -> Any:
         raise ValueError(
-            "a model built under zero.Init is sharded over the ranks and cannot be copied or pickled: copy it before,"
-            f" or read its values {GATHER_FIRST}"
+            "a model built under zero.Init is sharded over the ranks and cannot be pickled: pickle it before, or a"
+            f" copy.deepcopy() of it, which has the values whole, or read its values {GATHER_FIRST}"
         )
 
 
@@ -270,7 +300,7 @@ class Init:
 
     def _unguard(self) -> None:
         for module in self._guarded:
-            module.__dict__["_parameters"] = dict(dict.items(module._parameters))
+            module.__dict__["_parameters"] = CutParameters(dict.items(module._parameters))
         kept = {id(p) for module in self._guarded for p in module._parameters.values()}
         for group in filter(None, (made() for made in self._made)):  # what constructors replaced: tied weights
             group.disown([p for bucket in group.buckets for p in bucket.parameters if id(p) not in kept])

@@ -104,7 +104,9 @@ class Run:
         for batch in self.evaluate_data:
             with torch.no_grad():
                 logits = self.model(**batch).logits
-            each = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
+            each = torch.nn.functional.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten()
+            )
             losses.append(self.accelerator.gather_for_metrics(each.repeat(len(logits))))
             right.append(self.accelerator.gather_for_metrics(logits.argmax(-1)))
         seen = torch.cat(right)
@@ -136,7 +138,10 @@ class Run:
         state = accelerator.get_state_dict(self.model)
         weights = {"sum_of_weights": sum(float(v.double().abs().sum()) for v in (state or {}).values())}
         plain.save_pretrained(
-            self.out / "saved", is_main_process=accelerator.is_main_process, state_dict=state, save_function=accelerator.save
+            self.out / "saved",
+            is_main_process=accelerator.is_main_process,
+            state_dict=state,
+            save_function=accelerator.save,
         )
         accelerator.save_model(self.model, str(self.out / "model"))
         accelerator.wait_for_everyone()
