@@ -154,7 +154,7 @@ def table_of(times: StepTimes, step: int, rank: int = 0) -> str:
         rank: whose it is.
     """
     per_step = 1e3 / max(times.num_steps, 1)
-    columns = [c for c in COLUMNS if c != kinds.UNIT_AGAIN or any(times.seconds[u, c] for u in times.units)]
+    columns = [c for c in COLUMNS if c != kinds.UNIT_AGAIN or any(times.counts[u, c] for u in times.units)]
     rows = [(name, [sum(times.seconds[u, c] for u in units) for c in columns]) for name, units in _rows(times.units)]
     rows.append((OUTSIDE_UNITS, [times.seconds[OUTSIDE_UNITS, c] for c in columns]))
     rows.append(("all units", [sum(cells) for cells in zip(*(cells for _, cells in rows), strict=True)]))

@@ -39,9 +39,11 @@ class UnitTimes:
         self._inside: dict[nn.Module, set[nn.Module]] = {}
         self._handles: list[RemovableHandle] = []
         for group in sharded.groups:
+            parts = {part for module in group.modules for part in module.modules() if part is not module}
             for module in group.modules:
-                self._inside[module] = set(module.modules())
-                self._hook(module, group.name)
+                if module not in parts:  # the root has parts of its own among its modules: they are inside it
+                    self._inside[module] = set(module.modules())
+                    self._hook(module, group.name)
 
     def remove(self) -> None:
         """Take every hook off."""
