@@ -95,8 +95,8 @@ def installed_deepspeed(places: Sequence[str] | None = None) -> str | None:
     Args:
         places: folders to look in; None is ``sys.path``, and what import hooks of editable installations find.
     """
-    given = {} if places is None else {"path": list(places)}
-    for found in importlib.metadata.distributions(name="deepspeed", **given):
+    context = DistributionFinder.Context(name="deepspeed", path=list(places or sys.path))
+    for found in importlib.metadata.distributions(context=context):
         if "+tritonspeed" not in found.version:
             return found.version
     spec = PathFinder.find_spec("deepspeed", [place for place in places or sys.path if place != str(FOLDER)])
