@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import pathlib
+import subprocess
 import sys
 
 import pytest
 import torch
-from engines import make, said, settings, weights
+from engines import Weight, make, said, settings, weights
 from models import Net, batch
 from torch import nn
 
@@ -169,7 +171,7 @@ def test_the_share_of_the_bound_is_the_data_sheets_or_a_measured_machines(monkey
     engine = make(settings(0, flops_profiler={"enabled": True, "profile_step": 0}))
     train(engine, 1)
     found = engine.last_flops
-    assert found.bound() is None
+    assert found is not None and found.bound() is None
     assert found.bound(machine_of("H100"))[0] == pytest.approx(989e12 / 16)
     monkeypatch.setattr(flops_table, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     half = replace(
@@ -191,6 +193,49 @@ def test_throughput_is_said_as_often_as_reports_and_not_when_it_is_off():
             assert "over 1 step " in line[0] and "over 2 steps" in line[1]
             assert "tokens/s a rank" in line[1] and "TFLOP/s a rank by 6·N·tokens" in line[1]
         engine.destroy()
+
+
+def test_the_getters_answer_with_the_block():
+    engine = make(settings(0, flops_profiler={"enabled": False, "profile_step": 7}))
+    assert not engine.flops_profiler_enabled() and engine.flops_profiler_profile_step() == 7
+    assert engine.flops_profiler_output_file() is None and not engine.monitor.enabled
+    engine.destroy()
+
+
+def test_a_skipped_step_is_written_with_the_scale_that_follows(tmp_path):
+    where = {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}
+    half = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
+    engine = make(settings(0, fp16=half, csv_monitor=where, jsonl_monitor=where), Weight())
+    for x in (torch.ones(3), torch.full((3,), float("inf"))):
+        engine.backward(engine(x))
+        engine.step()
+    engine.destroy()
+    rows = (tmp_path / "run" / "Train_Samples_loss_scale.csv").read_text().split()
+    assert rows == ["step,loss_scale", "2,16.0", "4,8.0"]
+    last = json.loads((tmp_path / "run" / "steps.jsonl").read_text().splitlines()[-1])
+    assert (
+        last["skipped"]
+        and last["loss_scale"] == 16
+        and last["grad_norm"] is None
+        and "weight" in last["skipped_reason"]
+    )
+
+
+def test_a_run_that_exits_has_written_its_steps(tmp_path):
+    """As it ends by a scheduler's signal: SystemExit, and nobody calls destroy."""
+    program = f"""
+import sys
+sys.path += {[str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]!r}
+from engines import make, settings
+from models import batch
+engine = make(settings(0, csv_monitor={{"enabled": True, "output_path": {str(tmp_path)!r}}}))
+engine.backward(engine(*batch(0, 0)))
+engine.step()
+sys.exit(143)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 143, done.stderr
+    assert (tmp_path / "DeepSpeedJobName" / "Train_Samples_lr.csv").read_text().split() == ["step,lr", "2,0.1"]
 
 
 def test_a_missing_library_is_named_before_anything_is_trained(monkeypatch, tmp_path):

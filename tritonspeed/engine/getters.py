@@ -230,11 +230,16 @@ _ZERO_KEYS = (
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions", "round_robin_gradients"),
     *("ignore_unused_parameters", "load_from_fp32_weights", "elastic_checkpoint", "offload_optimizer", "offload_param"),
 )
+_FLOPS_KEYS = (
+    *("enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
+    "recompute_fwd_factor",
+)
 _FROM_CONFIG = {
     **{f"zero_{key}": f"zero_optimization.{key}" for key in _ZERO_KEYS},
     **{key: key for key in ("managed_gradient_accumulation", "dataloader_drop_last")},
     **{key: key for key in ("gradient_predivide_factor", "dump_state", "memory_breakdown")},
     **{key: key for key in ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")},
+    **{f"flops_profiler_{key}": f"flops_profiler.{key}" for key in _FLOPS_KEYS},
     "fp16_auto_cast": "fp16.auto_cast",
     "optimizer_params": "optimizer.params",
     "scheduler_params": "scheduler.params",
