@@ -127,7 +127,7 @@ OFF = [
     ("jsonl_monitor", {"enabled": False, "job_name": "x"}),
     ("comet", {"enabled": False, "samples_log_interval": 10}),
     ("trackio", {"enabled": False, "project": "x"}),
-    ("comms_logger", {"enabled": True, "prof_ops": ["all_reduce"]}),
+    ("comms_logger", {"enabled": False, "prof_ops": ["all_reduce"]}),
     ("flops_profiler", {"enabled": False, "profile_step": 5}),
     ("timers", {"throughput": {"enabled": True, "synchronized": True}}),
     ("aio", {"block_size": 1048576, "queue_depth": 8, "single_submit": False, "overlap_events": True}),

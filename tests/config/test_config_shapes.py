@@ -320,7 +320,6 @@ SHAPES = {
             "activation_checkpointing.partition_activations",
             *[f"activation_checkpointing.{n}" for n in ("contiguous_memory_optimization", "number_checkpoints")],
             *[f"activation_checkpointing.{n}" for n in ("synchronize_checkpoint_boundary", "profile")],
-            *[f"comms_logger.{n}" for n in ("enabled", "verbose", "prof_all", "debug")],
         ],
     ),
 }

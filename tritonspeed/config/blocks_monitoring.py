@@ -6,8 +6,6 @@ from typing import Any
 
 from tritonspeed.config.keys import block, key
 
-COMMS_NOTE = "the logger is not built yet: a stuck exchange is reported with the place of each rank"
-
 
 def _where_enabled(name: str) -> Callable[[Any], str | None]:
     """Inert without the block's own switch."""
@@ -22,7 +20,7 @@ def _where_enabled(name: str) -> Callable[[Any], str | None]:
 _TENSORBOARD, _CSV = _where_enabled("tensorboard"), _where_enabled("csv_monitor")
 _JSONL = _where_enabled("jsonl_monitor")
 _WANDB, _COMET, _TRACKIO = _where_enabled("wandb"), _where_enabled("comet"), _where_enabled("trackio")
-_PROFILER = _where_enabled("flops_profiler")
+_PROFILER, _COMMS = _where_enabled("flops_profiler"), _where_enabled("comms_logger")
 _FOLDER = "folder, made where it is missing; relative to where the script runs"
 _JOB = "a folder of this name in output_path"
 
@@ -89,13 +87,16 @@ class Trackio:
 
 @dataclass(frozen=True)
 class CommsLogger:
-    """A record of every collective."""
+    """A record of the engine's collectives: operation, bytes, count, latency, bandwidths. ``engine.comms_summary()``
+    and ``deepspeed.comm.log_summary()`` log the table."""
 
-    enabled: bool = key(False, "record collectives", inert=COMMS_NOTE)
-    verbose: bool = key(False, "print each", inert=COMMS_NOTE)
-    prof_all: bool = key(True, "record all", inert=COMMS_NOTE)
-    debug: bool = key(False, "name the caller", inert=COMMS_NOTE)
-    prof_ops: list[str] = key([], "record these", inert=COMMS_NOTE)
+    enabled: bool = key(False, "record collectives")
+    verbose: bool = key(False, "log each, on rank 0", inert=_COMMS)
+    prof_all: bool = key(True, "record all; false: those of prof_ops", inert=_COMMS)
+    debug: bool = key(False, "name the function that asked for each", inert=_COMMS)
+    prof_ops: list[str] = key(
+        [], "record these: all_gather_into_tensor, reduce_scatter_tensor, broadcast, exchange", inert=_COMMS
+    )
 
 
 @dataclass(frozen=True)

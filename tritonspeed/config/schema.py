@@ -66,7 +66,9 @@ class Knobs:
     managed_gradient_accumulation: bool = key(True, "count the boundary here; false: every step() applies an update")
     gradient_clipping: float = key(1.0, _clipping_note, low=0, always=True)
     steps_per_print: float | None = key(None, "optimizer steps between two reports; null or inf is never", unit="steps")
-    wall_clock_breakdown: bool = key(False, "report the time of forward, backward and step")
+    wall_clock_breakdown: bool = key(
+        False, "log where a step's time goes, every steps_per_print: by unit computing, waiting, sending; by rank"
+    )
     dataloader_drop_last: bool = key(False, "drop the last, smaller batch of initialize(training_data=...)")
 
     zero_optimization: ZeroOptimization = block(ZeroOptimization, "sharding")

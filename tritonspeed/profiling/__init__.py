@@ -8,8 +8,23 @@
 """
 
 from tritonspeed.profiling.breakdown import StepTimes
-from tritonspeed.profiling.comms import log_summary
+from tritonspeed.profiling.comms import (
+    get_comm_operation_count,
+    get_logged_comm_ops,
+    has_comm_data,
+    log_summary,
+    reset_log,
+)
 from tritonspeed.profiling.trace import Trace
 from tritonspeed.profiling.watch import Watch
 
-__all__ = ["StepTimes", "Trace", "Watch", "log_summary"]
+__all__ = [
+    "StepTimes",
+    "Trace",
+    "Watch",
+    "get_comm_operation_count",
+    "get_logged_comm_ops",
+    "has_comm_data",
+    "log_summary",
+    "reset_log",
+]

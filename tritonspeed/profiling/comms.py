@@ -21,7 +21,7 @@ import json
 import logging
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh, Span, Spans
@@ -67,7 +67,11 @@ class CommsLog:
         """What to record, and how loudly; the keys of the config's block."""
         unknown = sorted(set(prof_ops) - {*NAMES.values(), *ALIASES})
         if unknown and not prof_all:
-            log.warning("comms_logger.prof_ops: %s: no collective of these names is used here; %s are", unknown, NAMES)
+            log.warning(
+                "comms_logger.prof_ops: %s: no collective of these names is used here; %s are",
+                unknown,
+                list(NAMES.values()),
+            )
         self.verbose, self.debug = verbose, debug
         self.wanted = None if prof_all else {ALIASES.get(name, name) for name in prof_ops}
 
@@ -155,6 +159,12 @@ def size_text(num_bytes: int) -> str:
 
 
 _logs: WeakKeyDictionary[Spans, CommsLog] = WeakKeyDictionary()
+_latest: ReferenceType[Mesh] | None = None  # whose log was started last
+
+
+def _mesh_of_log() -> Mesh:
+    """Where the functions that are given no mesh look."""
+    return (_latest() if _latest is not None else None) or comm.mesh_of()
 
 
 def log_of(mesh: Mesh) -> CommsLog | None:
@@ -167,6 +177,8 @@ def start_log(mesh: Mesh, config: Config) -> bool:
     block = config.comms_logger
     if not block.enabled:
         return False
+    global _latest
+    _latest = ref(mesh)
     made = _logs.setdefault(mesh.spans, CommsLog(mesh))
     made.configure(bool(block.verbose), bool(block.prof_all), list(block.prof_ops), bool(block.debug))
     mesh.spans.names_callers = made.debug
@@ -191,9 +203,9 @@ def log_summary(show_straggler: bool = False, return_dict: bool = False, mesh: M
     Args:
         show_straggler: a column more: how much longer this rank took in all than the fastest. Collective.
         return_dict: return ``{"summary": ...}``, on every rank.
-        mesh: whose; None is everyone's.
+        mesh: whose; None is that of the engine that was made last, of those that record.
     """
-    mesh = mesh or comm.mesh_of()
+    mesh = mesh or _mesh_of_log()
     made = log_of(mesh)
     if made is None:
         if mesh.rank == 0:
@@ -205,6 +217,30 @@ def log_summary(show_straggler: bool = False, return_dict: bool = False, mesh: M
     if mesh.rank == 0:
         log.info("%s", made.table(least))
     return {"summary": summary} if return_dict else None
+
+
+def reset_log() -> None:
+    """Forget what was recorded: the next summary begins here."""
+    made = log_of(_mesh_of_log())
+    if made is not None:
+        made.rows.clear()
+
+
+def has_comm_data() -> bool:
+    """Whether any collective was recorded."""
+    return bool(get_logged_comm_ops())
+
+
+def get_logged_comm_ops() -> list[str]:
+    """The operations that were recorded."""
+    made = log_of(_mesh_of_log())
+    return list(made.rows) if made is not None else []
+
+
+def get_comm_operation_count() -> int:
+    """How many collectives were recorded."""
+    made = log_of(_mesh_of_log())
+    return sum(count for sizes in made.rows.values() for count, _ in sizes.values()) if made is not None else 0
 
 
 def _least(mesh: Mesh, summary: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, float]]:

@@ -30,11 +30,8 @@ _COMM: Rows = {
     "has_all_reduce_coalesced": here(_YES),
     "has_coalescing_manager": here(_YES),
     "configure": inert(f"{_OWN}.stand_ins:nothing", 'the "comms_logger" block of the config is what counts'),
-    **without(
-        COMMS_LOG,
-        "log_summary reset_log has_comm_data get_comm_operation_count get_logged_comm_ops comms_logger timed_op timers"
-        " timer_summary get_debug_log_name get_msg_size_from_args",
-    ),
+    **same("tritonspeed.profiling", "log_summary reset_log has_comm_data get_comm_operation_count get_logged_comm_ops"),
+    **without(COMMS_LOG, "comms_logger timed_op timers timer_summary get_debug_log_name get_msg_size_from_args"),
     **without(
         BACKENDS,
         "cdb ccl_backend hccl_backend mpi_backend nccl_backend init_deepspeed_backend set_backend"
