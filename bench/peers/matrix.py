@@ -69,7 +69,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "peft": "0.15.2",
         "lightning": "2.0.9",
     },
-    "lightning-1": {"lightning": "1.9.5"},
+    "lightning-1": {"pytorch-lightning": "1.9.5"},
 }
 """The last two majors: the newest and the oldest of each that is tried."""
 
@@ -86,7 +86,7 @@ def make(folder: Path, name: str) -> Path:
     constraints.write_text("\n".join(line for line in lines if line.partition("==")[0] in PINNED) + "\n")
     wanted = [f"{package}=={version}" for package, version in ENVIRONMENTS[name].items()]
     install = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
-    subprocess.run([*install, "-e", str(ROOT), "tensorboard", "setuptools", *wanted], check=True)
+    subprocess.run([*install, "-e", str(ROOT), "tensorboard", "setuptools<81", *wanted], check=True)
     done.touch()
     return python
 
@@ -94,6 +94,7 @@ def make(folder: Path, name: str) -> Path:
 CHOSEN = {
     "transformers": ("trainer_", "peft_", "accelerate_", "trl_"),
     "lightning": ("lightning_",),
+    "pytorch-lightning": ("lightning_fit-stage3",),  # 1.9 under this name: `lightning` asks for a cloud's library too
     "": ("raw_",),
 }
 """Package → beginnings of the names of the cases that need it."""
@@ -190,6 +191,19 @@ def page(results: dict[str, Any], date: str) -> str:
 OUTCOMES = ("equal", "other figures", "failed")
 
 
+def save(folder: Path, name: str, outcomes: dict[str, Any]) -> None:
+    """Add an environment's outcomes to what was saved today, and write the table anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    date = time.strftime("%Y-%m-%d")
+    path = folder / f"{date}_cpu_versions.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    kept = known.get(name, {}).get("cases", {})
+    known[name] = {"versions": ENVIRONMENTS[name], "cases": {**kept, **outcomes}}
+    results = {each: known[each] for each in ENVIRONMENTS if each in known}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(results, date))
+
+
 def record_ddp() -> None:
     """What ``tests/integrations/test_lightning.py`` holds its runs against."""
     for name, reference in {ddp_of(case).name: ddp_of(case) for case in LIGHTNING}.items():
@@ -217,17 +231,15 @@ def main() -> int:
     if args.folder is None:
         parser.error("--folder says where the environments are")
     args.folder.mkdir(parents=True, exist_ok=True)
-    results = {}
+    failed = False
     for name in [name for name in ENVIRONMENTS if args.only in name]:
         python = make(args.folder, name)
         if not args.make:
-            results[name] = {"versions": ENVIRONMENTS[name], "cases": run_in(python, name, args.cases)}
-    if args.out and results:
-        date = time.strftime("%Y-%m-%d")
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{date}_cpu_versions.json").write_text(json.dumps(results, indent=1) + "\n")
-        (args.out / f"{date}_cpu_versions.md").write_text(page(results, date))
-    return int(any(c["outcome"] == "failed" for r in results.values() for c in r["cases"].values()))
+            outcomes = run_in(python, name, args.cases)
+            failed = failed or any(each["outcome"] == "failed" for each in outcomes.values())
+            if args.out:
+                save(args.out, name, outcomes)
+    return int(failed)
 
 
 if __name__ == "__main__":
