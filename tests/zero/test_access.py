@@ -22,7 +22,12 @@ from tritonspeed.zero import (
     safe_get_local_grad,
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
+    safe_set_full_grad,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+    safe_update_full_grad_vectorized,
 )
 
 CLOSE = tolerance(torch.float32, 4096)
@@ -197,6 +202,74 @@ def few_bits(state: str, sharding: str) -> None:
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_moments_in_fewer_bits(ranks: Any, sharding: str, state: str) -> None:
     ranks(2, few_bits, state, sharding)
+
+
+def set_gradients(sharding: str, optimizer: str) -> None:
+    """Gradients set by hand, whole, by a function, and by each rank its part: the step applies them."""
+    rank = dist.get_rank()
+    net, stepper, plain = setup(sharding, optimizer)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"has no gradient to set yet: a backward makes it"):
+        safe_set_full_grad(trained[0], torch.ones(trained[0].shape))
+    one_pass(net, rank, 0)
+    chosen = [torch.randn(p.shape) for p in trained]
+    for p, value in zip(trained, chosen, strict=True):
+        safe_set_full_grad(p, value)
+        torch.testing.assert_close(safe_get_full_grad(p), value, **CLOSE)
+    with pytest.raises(ValueError, match=r"a value of shape \(3,\) cannot be set on"):
+        safe_set_local_grad(trained[0], torch.ones(3))
+    for p in trained[::2]:
+        local = safe_get_local_grad(p)
+        assert local is not None
+        safe_set_local_grad(p, 3 * local)
+    safe_update_full_grad_vectorized(net.parameters(), lambda gradient, p: gradient + p.ndim)
+    chosen = [(value * (1 if n % 2 else 3)) + p.ndim for n, (p, value) in enumerate(zip(trained, chosen, strict=True))]
+
+    def replace(*_: Any) -> None:
+        for master, value in zip(plain.masters, chosen, strict=True):
+            master.grad = value.clone()
+
+    plain.optimizer.register_step_pre_hook(replace)
+    plain.step(0)
+    stepper.step()
+    for (name, value), p in zip(plain.model.state_dict().items(), net.parameters(), strict=True):
+        told = f"{name} after gradients that were set"
+        torch.testing.assert_close(safe_get_full_fp32_param(p), value, **CLOSE, msg=lambda t, w=told: f"{w}: {t}")
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_set_gradients(ranks: Any, sharding: str) -> None:
+    ranks(2, set_gradients, sharding, "ours")
+
+
+def set_parts(sharding: str) -> None:
+    """Each rank sets its part; where every rank has the whole, one rank's part is not enough."""
+    net, stepper, _ = setup(sharding, "ours")
+    one_pass(net, dist.get_rank(), 0)
+    p = net.blocks[0].up.weight
+    part = safe_get_local_fp32_param(p)
+    with pytest.raises(
+        ValueError, match="the optimizer has no 'exp_avg' to set yet|every rank has the whole 'exp_avg'"
+    ):
+        safe_set_local_optimizer_state(p, part, "exp_avg")
+    stepper.step()
+    if SHARDINGS[sharding][0]:
+        safe_set_local_optimizer_state(p, 2 + part, "exp_avg")
+        torch.testing.assert_close(safe_get_local_optimizer_state(p, "exp_avg"), 2 + part, rtol=0, atol=0)
+    if not p.isnan().all():
+        with pytest.raises(ValueError, match="is whole on every rank: set all of it, with safe_set_full_fp32_param"):
+            safe_set_local_fp32_param(p, part)
+        return
+    want = safe_get_full_fp32_param(p) + 1
+    safe_set_local_fp32_param(p, safe_get_local_fp32_param(p) + 1)
+    torch.testing.assert_close(safe_get_full_fp32_param(p), want, rtol=0, atol=0)
+    with ts.zero.GatheredParameters([p]):
+        torch.testing.assert_close(p.detach(), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sharding", ["0", "2", "3"])
+def test_set_parts(ranks: Any, sharding: str) -> None:
+    ranks(2, set_parts, sharding)
 
 
 def test_a_parameter_that_is_not_managed_is_named() -> None:

@@ -6,7 +6,7 @@ collective: every rank calls them, with the same parameter. The *local* ones giv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -123,6 +123,53 @@ def safe_set_full_optimizer_state(param: Parameter, value: Tensor, optim_state_k
     _stepper(bucket).states.set(bucket, optim_state_key, span.offset, flat)
 
 
+@torch.no_grad()
+def safe_set_full_grad(param: Parameter, value: Tensor) -> None:
+    """Set the gradient that the next step applies, averaged and unscaled, from ``value`` (equal on every rank).
+
+    Raises:
+        ValueError: there is none yet: a backward makes it; at stages 0 and 1 the last one before the step.
+    """
+    flat = _check_shape(param, value)
+    bucket, lo, hi, start = _with_gradient(param)
+    _set_gradient(bucket, lo, hi, flat[lo - start : hi - start])
+
+
+def safe_update_full_grad_vectorized(
+    param_list: Iterable[Parameter], update_func: Callable[[Tensor, Parameter], Tensor]
+) -> None:
+    """``safe_set_full_grad`` of each trainable parameter to what ``update_func(gradient, parameter)`` makes of it."""
+    for p in param_list:
+        if p.requires_grad:
+            _with_gradient(p)
+            gradient = safe_get_full_grad(p)
+            assert gradient is not None, "a bucket with a gradient has one of each of its parameters"
+            safe_set_full_grad(p, update_func(gradient, p))
+
+
+def _with_gradient(param: Parameter) -> tuple[Bucket, int, int, int]:
+    bucket, lo, hi, start = _part(param)
+    if bucket.own_grad() is None:
+        raise ValueError(
+            f"'{bucket.name}' has no gradient to set yet: a backward makes it, at stages 0 and 1 the last one before"
+            " the step"
+        )
+    return bucket, lo, hi, start
+
+
+def _set_gradient(bucket: Bucket, lo: int, hi: int, values: Tensor) -> None:
+    if lo < hi:
+        bucket.write_grad(lo, values * _stepper(bucket).divisor)
+
+
+def _check_part(values: Tensor, lo: int, hi: int) -> Tensor:
+    if values.shape != (hi - lo,):
+        raise ValueError(
+            f"a value of shape {tuple(values.shape)} cannot be set on this rank's part, of {hi - lo} elements"
+        )
+    return values.detach()
+
+
 def safe_get_local_fp32_param(param: Parameter) -> Tensor:
     """This rank's part of ``param``'s master, flat; empty where it holds none of it."""
     bucket, lo, hi, _ = _part(param)
@@ -139,3 +186,46 @@ def safe_get_local_optimizer_state(param: Parameter, optim_state_key: str) -> Te
     """This rank's part of the optimizer's tensor, flat."""
     bucket, lo, hi, _ = _part(param)
     return _state(bucket, optim_state_key, lo, hi)
+
+
+@torch.no_grad()
+def safe_set_local_grad(param: Parameter, value: Tensor) -> None:
+    """Set this rank's part of ``param``'s averaged, unscaled gradient from ``value``, flat.
+
+    Raises:
+        ValueError: another length; or there is no gradient yet.
+    """
+    bucket, lo, hi, _ = _with_gradient(param)
+    _set_gradient(bucket, lo, hi, _check_part(value, lo, hi))
+
+
+@torch.no_grad()
+def safe_set_local_fp32_param(param: Parameter, value: Tensor) -> None:
+    """Set this rank's part of ``param``'s master, and of what is gathered of it, from ``value``, flat.
+
+    Raises:
+        ValueError: another length; or the parameter is whole on every rank, so that one rank's part is not enough.
+    """
+    bucket, lo, hi, _ = _part(param)
+    if bucket.state is not ShardState.SHARDED:
+        raise ValueError(f"'{bucket.name}' is whole on every rank: set all of it, with safe_set_full_fp32_param")
+    values = _check_part(value, lo, hi)
+    if lo < hi:
+        bucket.write_master(lo, values)
+        bucket.write_shard(lo, values)
+
+
+@torch.no_grad()
+def safe_set_local_optimizer_state(param: Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Set this rank's part of the optimizer's tensor ``optim_state_key`` from ``value``, flat.
+
+    Raises:
+        ValueError: another length; there is no such state yet; or every rank has all of it (stage 0).
+    """
+    bucket, lo, hi, _ = _part(param)
+    if bucket.owned != bucket.own:
+        raise ValueError(f"every rank has the whole {optim_state_key!r}: set it with safe_set_full_optimizer_state")
+    values, states = _check_part(value, lo, hi), _stepper(bucket).states
+    if next(states.views(bucket, optim_state_key, *bucket.owned), None) is None:
+        raise ValueError(f"the optimizer has no {optim_state_key!r} to set yet: its first step makes it")
+    states.set(bucket, optim_state_key, lo, values)

@@ -278,6 +278,19 @@ class Gradient:
             return None
         return self.grad if self.owned == self.own else self.grad[slice(*self.own)]
 
+    def write_grad(self, lo: int, values: Tensor) -> None:
+        """Set this rank's sum from the bucket's element ``lo`` on, within ``own``. There is one: see ``own_grad``."""
+        total = self.own_grad()
+        assert self.grad is not None and total is not None, f"{self.name} has no gradient to write to"
+        self._squares = None
+        if self.grad.dtype != self.types.accumulate:
+            narrow, self.grad = self.grad, self._widened(self.grad)
+            self._free_sum(narrow)
+            total = self.own_grad()
+            assert total is not None, "it is wider, and there"
+        at = lo - self.own[0]
+        total[at : at + values.numel()].copy_(values)
+
     def drop_grad(self) -> None:
         """Forget what was accumulated, and free it: forward needs the room for activations."""
         if self.is_updating:

@@ -32,16 +32,14 @@ LEAVES: Rows = {
     ),
     "z3_leaf_parameter": refused("ask get_z3_leaf_modules(model) for the modules, and those for their parameters"),
 }
-_GRADIENTS = "gradients are read, not replaced, between backward and step: change the loss, or use a hook on a tensor"
-_LOCAL = "set the whole value with safe_set_full_fp32_param or safe_set_full_optimizer_state"
 ACCESS: Rows = {
     **same(
         _ZERO,
         "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state safe_get_local_fp32_param"
-        " safe_get_local_grad safe_get_local_optimizer_state safe_set_full_fp32_param safe_set_full_optimizer_state",
+        " safe_get_local_grad safe_get_local_optimizer_state safe_set_full_fp32_param safe_set_full_grad"
+        " safe_set_full_optimizer_state safe_set_local_fp32_param safe_set_local_grad safe_set_local_optimizer_state"
+        " safe_update_full_grad_vectorized",
     ),
-    **without(_GRADIENTS, "safe_set_full_grad safe_set_local_grad safe_update_full_grad_vectorized"),
-    **without(_LOCAL, "safe_set_local_fp32_param safe_set_local_optimizer_state"),
     **without(
         "safe_get_full_* and safe_set_full_* read and write what belongs to a parameter",
         "fragment_address get_full_hp_grad get_full_hp_param get_hp_fragment_mapping map_to_flat_opt_states"
