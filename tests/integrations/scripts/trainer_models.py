@@ -14,7 +14,7 @@ from transformers import (
     BertConfig,
     GPT2Config,
     MixtralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     T5Config,
 )
@@ -22,7 +22,7 @@ from transformers import (
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def config_of(family: str, **changes: Any) -> PreTrainedConfig:
+def config_of(family: str, **changes: Any) -> PretrainedConfig:
     """The config of a model of 20 to 40 thousand parameters.
 
     Args:
