@@ -11,7 +11,7 @@ from tritonspeed.integrations.stand_ins import clone_tensors_for_torch_save
 
 
 def test_a_state_dict_is_cloned_into_memory_of_its_own(tmp_path):
-    """An OrderedDict was handed back as it was, and Accelerate's save_model then kept one weight of a unit's nineteen."""
+    """An OrderedDict was handed back as it was, and Accelerate's save_model then kept one weight of each unit."""
     flat = torch.arange(6.0)
     state = OrderedDict(a=flat[:2], b=flat[2:6].view(2, 2))
     cloned = clone_tensors_for_torch_save(state)
