@@ -21,13 +21,14 @@ from rich.table import Table
 from tritonspeed import comm
 from tritonspeed.cli import machine
 from tritonspeed.cli.kernel_check import KernelRun, run_kernels
+from tritonspeed.cli.neighbours import Neighbour, meanings, neighbours
 from tritonspeed.kernels.cards import read_card
 from tritonspeed.kernels.store import SHIPPED, FolderStore, default_folder
 from tritonspeed.version import __version__
 
 _NEEDED = ("torch", "triton", "numpy", "safetensors", "einops", "hjson", "rich")
-_NEIGHBOURS = ("transformers", "accelerate", "trl", "peft", "lightning", "deepspeed")
 _STYLES = {"ok": "green", "limited": "yellow", "missing": "red"}
+_FITS = {"tried": "green", "not tried": "yellow", "too old": "red", "absent": "default"}
 _WORKER_SHM_BYTES = 1 << 30
 """Below this, a DataLoader with workers soon meets a bus error: containers start with 64 MiB."""
 
@@ -47,7 +48,9 @@ class Report:
     """Everything the command prints. Sizes are in bytes."""
 
     versions: dict[str, str | None]
-    neighbours: dict[str, str | None]
+    neighbours: list[Neighbour]
+    deepspeed: dict[str, str]
+    """How a script is started → what `import deepspeed` gives it."""
     devices: list[dict[str, str | int]]
     memory: dict[str, int | None]
     rows: list[Row]
@@ -97,7 +100,8 @@ def gather(with_kernels: bool = True) -> Report:
     versions["driver"] = machine.driver_version()
     return Report(
         versions=versions,
-        neighbours=machine.package_versions(_NEIGHBOURS),
+        neighbours=neighbours(),
+        deepspeed=meanings(),
         devices=_devices(),
         memory={"host": total, "host available": available, "/dev/shm": shm[0] if shm else None},
         rows=rows,
@@ -242,6 +246,7 @@ def _print(report: Report) -> None:
     for row in report.rows:
         table.add_row(row.what, f"[{_STYLES[row.status]}]{row.status}[/]", escape(row.found), row.remedy)
     console.print(table)
+    console.print(_neighbours_table(report))
     if report.kernels:
         console.print(_kernels_table(report.kernels))
 
@@ -255,10 +260,18 @@ def _versions_table(report: Report) -> Table:
         table.add_row("device", f"{device['name']}, {device['arch']}, {size}")
     for name, size_bytes in report.memory.items():
         table.add_row(f"memory, {name}", _size(size_bytes) if size_bytes is not None else "-")
-    installed = [f"{name} {version}" for name, version in report.neighbours.items() if version]
-    absent = [name for name, version in report.neighbours.items() if not version]
-    table.add_row("installed beside it", ", ".join(installed) or "-")
-    table.add_row("not installed", ", ".join(absent) or "-")
+    return table
+
+
+def _neighbours_table(report: Report) -> Table:
+    table = Table(title="Scripts that say deepspeed", title_justify="left")
+    for name in ("beside it", "version", "", ""):
+        table.add_column(name, overflow="fold")
+    for each in report.neighbours:
+        table.add_row(each.name, each.version or "-", f"[{_FITS[each.fits]}]{each.fits}[/]", escape(each.says))
+    table.add_section()
+    for started, means in report.deepspeed.items():
+        table.add_row("import deepspeed", "", started, escape(means))
     return table
 
 
