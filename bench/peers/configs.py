@@ -91,7 +91,7 @@ def filled(tree: dict[str, Any], world: int) -> dict[str, Any]:
             tree[name] = value
     for name, on in (("bf16", True), ("fp16", False)):
         if isinstance(tree.get(name), dict) and tree[name].get("enabled") == "auto":
-            tree[name]["enabled"] = on and not tree.get("fp16", {}).get("enabled") is True
+            tree[name]["enabled"] = on and tree.get("fp16", {}).get("enabled") is not True
     zero = tree.get("zero_optimization")
     if isinstance(zero, dict):
         for name in [name for name, value in zero.items() if value == "auto"]:
@@ -185,8 +185,8 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         f"# Fifty configs under DeepSpeed {version} and under tritonspeed",
         "",
-        'What either makes of the files of `tests/config/fifty/`. "Filled" is with every "auto" replaced as the Trainer',
-        "does. Compared: stage, batch sizes, clipping, precision, optimizer, schedule, offload, buckets.",
+        'What either makes of the files of `tests/config/fifty/`. "Filled" is with every "auto" replaced as the',
+        "Trainer does. Compared: stage, batch sizes, clipping, precision, optimizer, schedule, offload, buckets.",
         "",
         "| | DeepSpeed | tritonspeed |",
         "|---|---|---|",

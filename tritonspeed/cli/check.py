@@ -1,6 +1,7 @@
-"""`tritonspeed check ds_config.json`: what became of each key, without a GPU, without torch, in a second.
+"""`tritonspeed check ds_config.json --script train.py`: what becomes of each key and of each name of deepspeed that the
+script uses, before anything runs: without a GPU, without torch, in a second.
 
-Refused keys come first, and make the exit status 1, as does any mistake in the config.
+What is refused comes first, and makes the exit status 1, as does any mistake in the config.
 """
 
 import argparse
@@ -8,12 +9,16 @@ import json
 import math
 import sys
 import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tritonspeed.cli.check_script import ScriptReport, check_scripts
+from tritonspeed.cli.script_table import print_scripts, script_facts
 from tritonspeed.config import Answer, Config, ConfigWarning, ModelFacts, load
 
 STYLES = {"refused": "bold red", "mapped": "cyan", "inert": "dim", "honoured": "green"}
@@ -22,7 +27,15 @@ WIDTH_OF_A_PIPE = 160  # columns where the output is no terminal: a table folded
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `check`."""
-    parser.add_argument("config", help="path of a ds_config.json (JSON or hjson), or base64 of one")
+    parser.add_argument("config", nargs="?", help="path of a ds_config.json (JSON or hjson), or base64 of one")
+    parser.add_argument(
+        "--script",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="scripts, notebooks or folders of them: what becomes of the names of deepspeed in them",
+    )
     parser.add_argument(
         "--world", type=int, metavar="N", help="data-parallel ranks (default: what the batch sizes imply)"
     )
@@ -30,26 +43,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answers as JSON")
 
 
+@dataclass
+class _Checked:
+    """What is known of the config."""
+
+    name: str | None
+    world_size: int
+    answers: list[Answer] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print the table of answers. Returns 1 if a key is refused or the config has a mistake, else 0."""
+    """Print the tables. Returns 1 if a key or a name is refused, or there is a mistake in what was read, else 0."""
+    if args.config is None and not args.script:
+        raise ValueError("name a ds_config.json, a script with --script, or both")
     if args.world is not None and args.world < 1:
         raise ValueError(f"--world {args.world} must be at least 1")
-    answers: list[Answer] = []
-    errors: list[str] = []
-    world_size = args.world or 1
+    scripts = check_scripts(Path(path) for path in args.script) if args.script else None
+    config = _check_config(args)
+    if args.json:
+        _print_json(config, scripts)
+    else:
+        _print(config, scripts)
+    fails = bool(config.errors) or any(each.verdict == "refused" for each in config.answers)
+    return 1 if fails or (scripts is not None and scripts.fails) else 0
+
+
+def _check_config(args: argparse.Namespace) -> _Checked:
+    checked = _Checked(args.config, args.world or 1)
+    if args.config is None:
+        return checked
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConfigWarning)  # the table says the same of unknown keys
             config = load(args.config)
-        world_size = args.world or config.implied_world_size or 1
-        answers, errors = _answers(config, world_size, args.hidden_size)
+        checked.world_size = args.world or config.implied_world_size or 1
+        checked.answers, checked.errors = _answers(config, checked.world_size, args.hidden_size)
     except ValueError as error:
-        errors.append(str(error))
-    if args.json:
-        _print_json(args.config, world_size, answers, errors)
-    else:
-        _print_table(args.config, world_size, answers, errors)
-    return 1 if errors or any(each.verdict == "refused" for each in answers) else 0
+        checked.errors.append(str(error))
+    return checked
 
 
 def _answers(config: Config, world_size: int, hidden_size: int | None) -> tuple[list[Answer], list[str]]:
@@ -62,23 +94,32 @@ def _answers(config: Config, world_size: int, hidden_size: int | None) -> tuple[
     return sorted(config.answers(), key=lambda each: each.verdict != "refused"), errors
 
 
-def _print_table(name: str, world_size: int, answers: list[Answer], errors: list[str]) -> None:
+def _print(config: _Checked, scripts: ScriptReport | None) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE, highlight=False)
-    if answers:
-        table = Table(title=f"{_cut(name)} on {world_size} rank{'s' if world_size > 1 else ''}", title_justify="left")
-        table.add_column("key", no_wrap=console.width >= 120, overflow="fold")
-        table.add_column("given", overflow="fold")
-        table.add_column("resolved", overflow="fold")
-        table.add_column("verdict", no_wrap=True)
-        table.add_column("what it does here")
-        for each in answers:
-            values = [Text(_cut(_show(value), 24)) for value in (each.given, each.resolved)]
-            table.add_row(Text(each.key), *values, Text(each.verdict, style=STYLES[each.verdict]), Text(each.note))
-        console.print(table)
-        console.print(_summary(answers))
+    if config.answers:
+        _print_table(config, console)
+    if config.answers and scripts is not None:
+        console.print()
+    if scripts is not None:
+        print_scripts(scripts, console)
     complain = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE, highlight=False)
-    for error in errors:
+    for error in [*config.errors, *(scripts.errors if scripts else [])]:
         complain.print(Text("error: ", style="bold red") + Text(error))
+
+
+def _print_table(config: _Checked, console: Console) -> None:
+    ranks = f"{config.world_size} rank{'s' if config.world_size > 1 else ''}"
+    table = Table(title=f"{_cut(config.name or '')} on {ranks}", title_justify="left")
+    table.add_column("key", no_wrap=console.width >= 120, overflow="fold")
+    table.add_column("given", overflow="fold")
+    table.add_column("resolved", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("what it does here")
+    for each in config.answers:
+        values = [Text(_cut(_show(value), 24)) for value in (each.given, each.resolved)]
+        table.add_row(Text(each.key), *values, Text(each.verdict, style=STYLES[each.verdict]), Text(each.note))
+    console.print(table)
+    console.print(_summary(config.answers))
 
 
 def _cut(text: str, limit: int = 60) -> str:
@@ -90,9 +131,16 @@ def _summary(answers: list[Answer]) -> str:
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
 
 
-def _print_json(name: str, world_size: int, answers: list[Answer], errors: list[str]) -> None:
-    rows = [{field: _plain(value) for field, value in vars(each).items()} for each in answers]
-    report = {"config": name, "world_size": world_size, "answers": rows, "errors": errors}
+def _print_json(config: _Checked, scripts: ScriptReport | None) -> None:
+    rows = [{field: _plain(value) for field, value in vars(each).items()} for each in config.answers]
+    report: dict[str, Any] = {
+        "config": config.name,
+        "world_size": config.world_size,
+        "answers": rows,
+        "errors": config.errors,
+    }
+    if scripts is not None:
+        report["scripts"] = script_facts(scripts)
     sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
