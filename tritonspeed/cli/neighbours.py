@@ -1,4 +1,4 @@
-"""The programs that tritonspeed stands in for DeepSpeed under: which are there, and whether their versions were tried."""
+"""The programs that say `deepspeed`: which are installed, whether their versions were tried, and what it means."""
 
 from __future__ import annotations
 

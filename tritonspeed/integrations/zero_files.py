@@ -16,7 +16,7 @@ import torch
 
 from tritonspeed.checkpoint.opening import OURS, kind_of, open_source
 from tritonspeed.checkpoint.stored import StoredCheckpoint
-from tritonspeed.integrations.names import EMULATED
+from tritonspeed.integrations.facts import EMULATED
 from tritonspeed.zero.stages import stage_of
 
 Answer = str | io.BytesIO

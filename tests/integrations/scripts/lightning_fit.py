@@ -26,7 +26,7 @@ class Module(pl.LightningModule):
     def __init__(self, lr: float = 3e-3, seed: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model: PlainGPT | None = None
+        self.model: Any = None
         self.seen: list[dict[str, float]] = []
 
     def configure_model(self) -> None:

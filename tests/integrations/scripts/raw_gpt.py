@@ -48,6 +48,7 @@ def train(engine: Any, first: int, count: int) -> list[dict[str, float]]:
     steps = []
     for step in range(first, first + count):
         engine.train()
+        gradient = loss = torch.zeros(())
         for micro in range(engine.gradient_accumulation_steps()):
             tokens = token_rows(2, seed=1000 * step + 10 * micro + rank).to(engine.device)
             loss = token_loss(engine(tokens), tokens)
