@@ -59,7 +59,7 @@ def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int
     prefix = "zero_pp_rank_0_" if stage_of(zero_stage).shards_parameters else ""
     found = folder / f"{prefix}mp_rank_00_model_states.pt"
     if not found.exists():
-        raise FileNotFoundError(f"there is no {found}: name one checkpoint's folder, and the stage that it was saved at")
+        raise FileNotFoundError(f"there is no {found}: name one checkpoint's folder, and the stage it was saved at")
     return str(found)
 
 
