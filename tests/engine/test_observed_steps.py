@@ -137,6 +137,20 @@ def test_recomputation_is_told_apart_in_an_engine(recompute):
     engine.destroy()
 
 
+def test_compiled_units_are_counted_apart_and_timed_as_they_are_compiled():
+    losses = []
+    for enabled in (False, True):
+        engine = make(settings(3, flops_profiler={"enabled": enabled, "profile_step": 2, "detailed": False}))
+        engine.compile(backend="eager")
+        losses.append(train(engine, 4))
+        found = engine.last_flops
+        engine.destroy()
+    assert losses[0] == losses[1] and found is not None
+    assert (found.num_forward, found.num_backward) == (2 * LINEAR * TOKENS, 4 * LINEAR * TOKENS)
+    rows = {row.name: row for row in found.rows}
+    assert rows["blocks.0"].seconds > 0 and rows["blocks.0.up"].seconds == 0 and rows["blocks.0.up"].forward
+
+
 def test_a_backward_of_the_callers_is_taken_as_so_many_forwards():
     engine = make(settings(0, flops_profiler={"enabled": True, "profile_step": 0, "recompute_fwd_factor": 1.0}))
     with said() as lines:

@@ -85,17 +85,29 @@ class ModuleWatch:
         self._running: list[_Running] = []
         self._spans: list[tuple[str, Any, Any]] = []
         self._handles: list[RemovableHandle] = []
+        self._inner_handles: list[RemovableHandle] = []  # of modules inside compiled ones
         first = next((p for p in model.parameters()), None)
         self._on_gpu = first is not None and first.device.type == "cuda"
+        compiled: set[nn.Module] = set()
         for name, module in model.named_modules():
+            handles = self._inner_handles if module in compiled else self._handles
+            if _is_compiled(module):
+                compiled.update(module.modules())
             if type(module) not in ignored:
-                self._hook(name, module)
+                self._hook(name, module, handles)
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self.leave_compiled_alone()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def leave_compiled_alone(self) -> None:
+        """Take the hooks off that are inside compiled modules, which they would break into pieces: before timing."""
+        for handle in self._inner_handles:
+            handle.remove()
+        self._inner_handles.clear()
 
     def forget_times(self) -> None:
         """Time from here on."""
@@ -120,7 +132,7 @@ class ModuleWatch:
         finally:
             self.counting = False
 
-    def _hook(self, name: str, module: nn.Module) -> None:
+    def _hook(self, name: str, module: nn.Module, handles: list[RemovableHandle]) -> None:
         @torch._dynamo.disable
         def enter(_: nn.Module, args: Any) -> None:
             self._running.append(_Running(name, torch._C._autograd._get_sequence_nr(), self._now()))
@@ -135,8 +147,8 @@ class ModuleWatch:
             if self.counting and torch.is_grad_enabled():
                 _mark(output, ended)
 
-        self._handles.append(module.register_forward_pre_hook(ModuleHook(enter), prepend=True))
-        self._handles.append(module.register_forward_hook(ModuleHook(leave), always_call=True))
+        handles.append(module.register_forward_pre_hook(ModuleHook(enter), prepend=True))
+        handles.append(module.register_forward_hook(ModuleHook(leave), always_call=True))
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -165,6 +177,11 @@ class ModuleWatch:
             self.counts.backward[node.metadata.get(_MARK, "")] += num_flops
         else:
             self.counts.forward[""] += num_flops
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 class _Count(TorchDispatchMode):

@@ -80,6 +80,8 @@ class FlopsOfStep:
         if not self._is_timed and num_steps == self.settings.profile_step:
             self._is_timed = True
             self._watch.forget_times()
+            if self._known:
+                self._watch.leave_compiled_alone()
             self._begin()
         return self._phase(name, self._watch)
 
