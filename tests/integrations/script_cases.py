@@ -209,11 +209,22 @@ def peft(name: str, config: dict[str, Any], *arguments: str, script: str = "trai
     return Case(f"peft_{name}", f"peft_{script}.py", config, arguments, **more)
 
 
+def _loop(stage: int) -> dict[str, Any]:
+    """For deepspeed.initialize itself."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 2e-2}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 320},
+    }
+
+
 PEFT = [
     peft("lora-stage2", zero(2), "--checkpointing=reentrant", "--input_grads"),
     peft("lora-stage3", zero(3), "--pretrained", "--checkpointing=plain"),
     peft("head-stage3", zero(3), "--method=head", "--pretrained", "--checkpointing=reentrant", "--input_grads"),
     peft("dora-stage3", zero(3), "--method=dora"),
+    peft("adalora-stage2", _loop(2), script="loop"),
+    peft("prompt-stage3", _loop(3), "--method=prompt", script="loop"),
 ]
 
 

@@ -1,0 +1,69 @@
+"""Scripts on Accelerate, as they are, on two ranks; and as `accelerate launch` starts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from script_cases import ACCELERATE, RECORDED, SCRIPTS, Case
+from script_runs import OFFLINE, TIMEOUT_S, differences
+
+from tritonspeed.integrations.finder import path_variables
+
+LOOPS = [case for case in ACCELERATE if case.script == "accelerate_loop.py"]
+SEVERAL = [case for case in ACCELERATE if case.script == "accelerate_models.py"]
+AsRecorded = Callable[[Case], dict[str, Any]]
+
+
+@pytest.mark.parametrize("case", LOOPS, ids=lambda case: case.name)
+def test_a_loop_of_ones_own_has_deepspeeds_numbers(case: Case, as_recorded: AsRecorded) -> None:
+    """It resumes to the bit, and exports its weights in every way, in the same run."""
+    as_recorded(case)
+
+
+@pytest.mark.parametrize("case", SEVERAL, ids=lambda case: case.name)
+def test_several_models_have_deepspeeds_numbers(case: Case, as_recorded: AsRecorded) -> None:
+    """Real DeepSpeed cannot save the ones without an optimizer; here save_state takes all, and the numbers stay."""
+    record = as_recorded(dataclasses.replace(case, arguments=(*case.arguments, "--save_all")))
+    assert "zero_optimization.reduce_bucket_size: unknown key" in record["output"], "dotted keys are told, and no error"
+
+
+def launched(folder: Path, *flags: str) -> dict[str, Any]:
+    """accelerate_loop.py under `accelerate launch --use_deepspeed`: nothing says `cpu`, and two ranks find each other."""
+    out = folder / "out"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--main_process_port", "0", *flags]
+    command += [str(SCRIPTS / "accelerate_loop.py"), "--out", str(out)]
+    env = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env.update(path_variables(env))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, cwd=folder)
+    assert done.returncode == 0, f"{' '.join(command)}\n{(done.stdout + done.stderr)[-6000:]}"
+    return json.loads((out / "record.json").read_text())
+
+
+def recorded(name: str) -> tuple[Case, dict[str, Any]]:
+    """A case, and what real DeepSpeed had for it."""
+    case = next(each for each in ACCELERATE if each.name == name)
+    return case, json.loads((RECORDED / f"{name}.json").read_text())
+
+
+def test_accelerate_launch_with_flags(tmp_path: Path) -> None:
+    case, theirs = recorded("accelerate_loop-stage3")
+    flags = ("--zero_stage", "3", "--zero3_init_flag", "true", "--zero3_save_16bit_model", "true")
+    found = differences(case, launched(tmp_path, *flags, "--gradient_clipping", "1.0", "--mixed_precision", "no"), theirs)
+    assert not found, "\n".join(found)
+
+
+def test_accelerate_launch_with_a_config_file(tmp_path: Path) -> None:
+    case, theirs = recorded("accelerate_loop-stage0")
+    config = tmp_path / "ds_config.json"
+    config.write_text(json.dumps(case.config))
+    found = differences(case, launched(tmp_path, "--deepspeed_config_file", str(config)), theirs)
+    assert not found, "\n".join(found)
