@@ -7,7 +7,8 @@
 
 Each environment has this checkout, torch and numpy as constraints.txt pins them, and the versions below. A case's
 figures are held against the record of real DeepSpeed with the pinned versions, and Lightning's against its own DDP in
-the same environment. Where an older version does other arithmetic the run must end, and the table says what differs.
+the same environment. Where another version does other arithmetic (weights drawn in another order, a loss normalised
+otherwise), some are held against the same script at stage 0 there; of the rest the table says what differs.
 """
 
 from __future__ import annotations
@@ -91,13 +92,24 @@ def make(folder: Path, name: str) -> Path:
     return python
 
 
-CHOSEN = {
-    "transformers": ("trainer_", "peft_", "accelerate_", "trl_"),
+CHOSEN: dict[str, tuple[str, ...]] = {
+    "": ("raw_gpt-stage3",),
+    "transformers": (
+        *("trainer_stage3-linear", "trainer_stage2-decay", "trainer_stage3-gpt2", "trainer_seq2seq-t5"),
+        *("trainer_save-stage3", "trainer_pretrained-llama", "trainer_stage3-mixtral"),
+    ),
+    "accelerate": ("accelerate_loop-stage3", "accelerate_models-3-0-3"),
+    "peft": ("peft_lora-stage3",),
+    "trl": ("trl_sft", "trl_dpo", "trl_grpo"),
     "lightning": ("lightning_",),
     "pytorch-lightning": ("lightning_fit-stage3",),  # 1.9 under this name: `lightning` asks for a cloud's library too
-    "": ("raw_",),
 }
-"""Package → beginnings of the names of the cases that need it."""
+"""Package → beginnings of the names of the cases that are tried with it: of each kind of script one or two."""
+
+
+OUTCOMES = ("equal", "equal to stage 0", "other figures", "failed")
+WITH_REFERENCE = ("trainer_stage3-linear", "accelerate_loop-stage3", "peft_lora-stage3", "trl_")
+"""Cases that are run at stage 0 too where they differ from the record."""
 
 
 def cases_of(name: str, text: str) -> list[Case]:
@@ -118,24 +130,44 @@ def in_folder(case: Case) -> dict[str, Any]:
     return {key: record[key] for key in ("steps", "metrics")}
 
 
-def outcome_of(case: Case, ddp: dict[str, Any]) -> dict[str, Any]:
-    """How a case ended here: equal, other figures, or failed, and what was different or wrong.
+def at_stage_0(case: Case) -> Case:
+    """The same script with everything whole on every rank."""
+    return replace(case, config={**case.config, "zero_optimization": {"stage": 0}})
+
+
+def differs(case: Case, record: dict[str, Any], known: dict[str, Any]) -> tuple[str, list[str]]:
+    """What a run is equal to, or "other figures"; and what is not the same.
+
+    Args:
+        case: that was run.
+        record: of the run.
+        known: records of references so far, by name.
+    """
+    if case in LIGHTNING:
+        reference = ddp_of(case)
+        known[reference.name] = expected = known.get(reference.name) or in_folder(reference)
+        found = differences(case, record, expected)
+        return ("other figures", found[:3]) if found else (OUTCOMES[0], [])
+    recorded = RECORDED / f"{case.name}.json"
+    found = differences(case, record, json.loads(recorded.read_text())) if recorded.exists() else ["it has no record"]
+    if not found:
+        return OUTCOMES[0], []
+    if case.name.startswith(WITH_REFERENCE):
+        reference_found = differences(case, record, in_folder(at_stage_0(case)))
+        return ("other figures", reference_found[:3]) if reference_found else (OUTCOMES[1], found[:2])
+    return OUTCOMES[2], found[:2]
+
+
+def outcome_of(case: Case, known: dict[str, Any]) -> dict[str, Any]:
+    """How a case ended here, one of ``OUTCOMES``, and what was different or wrong.
 
     Args:
         case: to be run.
-        ddp: records of Lightning's DDP so far.
+        known: records of references so far, by name.
     """
     start = time.perf_counter()
     try:
-        record = in_folder(case)
-        if case in LIGHTNING:
-            reference = ddp_of(case)
-            ddp[reference.name] = expected = ddp.get(reference.name) or in_folder(reference)
-        else:
-            recorded = RECORDED / f"{case.name}.json"
-            expected = json.loads(recorded.read_text()) if recorded.exists() else None
-        found = differences(case, record, expected) if expected else ["there is no record to hold it against"]
-        outcome, says = ("other figures", found[:3]) if found else ("equal", [])
+        outcome, says = differs(case, in_folder(case), known)
     except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
         lines = [line for line in str(error).splitlines() if "Error" in line] or str(error).splitlines()[-1:]
         outcome, says = "failed", [line.strip()[:300] for line in lines[-2:]]
@@ -144,10 +176,10 @@ def outcome_of(case: Case, ddp: dict[str, Any]) -> dict[str, Any]:
 
 def inside(name: str, text: str, out: Path) -> None:
     """Run the cases with this interpreter; the outcomes, by case, as JSON."""
-    ddp: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     outcomes = {}
     for case in cases_of(name, text):
-        outcomes[case.name] = outcome_of(case, ddp)
+        outcomes[case.name] = outcome_of(case, known)
         print(name, case.name, outcomes[case.name]["outcome"], *outcomes[case.name]["says"], sep="  ", flush=True)
     out.write_text(json.dumps(outcomes))
 
@@ -168,16 +200,18 @@ def page(results: dict[str, Any], date: str) -> str:
         "",
         f"{date}, two gloo ranks on a CPU, torch and numpy as constraints.txt pins them. *Equal*: the figures of real",
         "DeepSpeed with the pinned versions, to the case's decimals; of Lightning, those of its own DDP in the same",
-        "environment. *Other figures*: it ran to its end, with other arithmetic in the older version.",
+        "environment. *Equal to stage 0*: the version's own arithmetic differs from the pinned one's, and the figures",
+        "are those of the same script in the same environment at stage 0. *Other figures*: it ran to its end, differs",
+        "from the pinned version's figures, and was held against nothing else.",
         "",
-        "| environment | versions | equal | other figures | failed |",
-        "|---|---|---|---|---|",
+        f"| environment | versions | {' | '.join(OUTCOMES)} |",
+        "|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         counts = [sum(c["outcome"] == kind for c in result["cases"].values()) for kind in OUTCOMES]
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
         lines.append(f"| {name} | {versions} | {' | '.join(map(str, counts))} |")
-    for kind in ("failed", "other figures"):
+    for kind in reversed(OUTCOMES[1:]):
         rows = [
             f"- {name}, {case}: {'; '.join(found['says'])}"
             for name, result in results.items()
@@ -186,9 +220,6 @@ def page(results: dict[str, Any], date: str) -> str:
         ]
         lines += ["", f"## {kind.capitalize()}", "", *rows] if rows else []
     return "\n".join(lines) + "\n"
-
-
-OUTCOMES = ("equal", "other figures", "failed")
 
 
 def save(folder: Path, name: str, outcomes: dict[str, Any]) -> None:
