@@ -74,8 +74,8 @@ _PRIVATE_GROUPS = {
 }
 
 _ACCELERATOR: Rows = {
-    **same(f"{_OWN}.stand_ins", "get_accelerator"),
-    "DeepSpeedAccelerator": here(f"{_OWN}.stand_ins:Accelerator"),
+    **same(f"{_OWN}.accelerator", "get_accelerator"),
+    "DeepSpeedAccelerator": here(f"{_OWN}.accelerator:Accelerator"),
     "is_current_accelerator_supported": here(_YES),
     "set_accelerator": inert(f"{_OWN}.stand_ins:nothing", "the device is torch's: a GPU where it sees one, or the CPU"),
 }
@@ -83,7 +83,7 @@ _ACCELERATOR: Rows = {
 MODULES: dict[str, Rows] = {
     "deepspeed.accelerator": _ACCELERATOR,
     "deepspeed.accelerator.abstract_accelerator": {
-        "DeepSpeedAccelerator": here(f"{_OWN}.stand_ins:Accelerator"),
+        "DeepSpeedAccelerator": here(f"{_OWN}.accelerator:Accelerator"),
     },
     "deepspeed.accelerator.real_accelerator": {
         **_ACCELERATOR,

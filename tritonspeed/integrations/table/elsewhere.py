@@ -140,7 +140,7 @@ MODULES: dict[str, Rows] = {
         **GROUPS,
         **_LOGGING,
         **same(f"{_OWN}.start", "is_initialized"),
-        **same(f"{_OWN}.stand_ins", "get_accelerator"),
+        **same(f"{_OWN}.accelerator", "get_accelerator"),
         **same(_UTILITIES, "OnDevice RepeatingLoader"),
         "instrument_w_nvtx": inert(f"{_UTILITIES}:unchanged", "a run's trace is engine.trace(steps)"),
         "DeprecatedException": here("builtins:DeprecationWarning"),

@@ -83,7 +83,7 @@ MODULES: dict[str, Rows] = {
             f"{_OWN}.stand_ins:zero_wrapper_for_fp_tensor_constructor", "constructors of tensors are not patched"
         ),
         "_orig_torch_arange": here("torch:arange"),
-        "get_accelerator": here(f"{_OWN}.stand_ins:get_accelerator"),
+        "get_accelerator": here(f"{_OWN}.accelerator:get_accelerator"),
         "shutdown_init_context": refused("leave the `with zero.Init():` block instead"),
         "restore_init_context": refused("enter `with zero.Init():` again instead"),
         **without(
