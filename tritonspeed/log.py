@@ -12,3 +12,13 @@ def speak() -> None:
     handler.setFormatter(logging.Formatter("[tritonspeed] %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+
+def asked_for() -> logging.Logger:
+    """Where a config's own requests are logged: its tables are wanted even where the package was told to be quieter.
+
+    Hugging Face's Trainer sets the level of DeepSpeed's logger to its own, warnings, whatever the config enables.
+    """
+    log = logging.getLogger("tritonspeed.asked")
+    log.setLevel(logging.INFO)
+    return log

@@ -18,7 +18,6 @@ reached at least. Gbit/s, as in DeepSpeed.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -27,8 +26,9 @@ from tritonspeed import comm
 from tritonspeed.comm import Mesh, Span, Spans
 from tritonspeed.comm.spans import COLLECTIVE
 from tritonspeed.config import Config
+from tritonspeed.log import asked_for
 
-log = logging.getLogger("tritonspeed")
+log = asked_for()
 
 NAMES = {
     "all-gather": "all_gather_into_tensor",

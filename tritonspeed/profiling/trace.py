@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import platform
 import time
@@ -16,13 +15,14 @@ import torch
 
 from tritonspeed import comm
 from tritonspeed.comm import Span
+from tritonspeed.log import asked_for
 from tritonspeed.profiling.chrome import chrome_trace
 from tritonspeed.profiling.recorded import TIERS, Recorded, StepMark, Stretch, aligned
 from tritonspeed.profiling.units import UnitTimes
 from tritonspeed.zero import ShardedModel
 from tritonspeed.zero.ledger import Account
 
-log = logging.getLogger("tritonspeed")
+log = asked_for()
 
 FOLDER = "traces"
 BARRIERS = 5  # whose ends tell how far clocks of several machines are apart

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from weakref import finalize
 
 from tritonspeed.comm.spans import PHASE
 from tritonspeed.config import Config
+from tritonspeed.log import asked_for
 from tritonspeed.profiling.breakdown import Breakdown, StepTimes, table_of
 from tritonspeed.profiling.comms import start_log, stop_log
 from tritonspeed.profiling.trace import StepFacts, Trace
@@ -20,9 +20,10 @@ from tritonspeed.zero import ShardedModel
 if TYPE_CHECKING:
     from tritonspeed.comm import Span
 
-log = logging.getLogger("tritonspeed")
+log = asked_for()
 
-STEPS_PER_TABLE = 10  # where the config has no steps_per_print: DeepSpeed's default of it
+STEPS_PER_TABLE = 10  # where the config has no steps_per_print (Accelerate makes it inf): DeepSpeed's default of it
+FIRST_TABLE = 3  # and one early, for those who look at a few steps
 
 
 class Watch:
@@ -46,7 +47,9 @@ class Watch:
         self._backward: Span | None = None
         self._breakdown: Breakdown | None = None
         every = config.steps_per_print
-        self._every = max(1, int(every)) if every and math.isfinite(every) else STEPS_PER_TABLE
+        is_given = bool(every) and math.isfinite(every or 0)
+        self._every = max(1, int(every or 1)) if is_given else STEPS_PER_TABLE
+        self._first = self._every if is_given else FIRST_TABLE
         # the recorder outlives the engine: whatever becomes of the engine, it is told to forget our listeners
         self._endings: list[finalize] = []
         if start_log(self._mesh, config):
@@ -80,7 +83,7 @@ class Watch:
         self._spans.collect()
         if self._breakdown is not None:
             self._breakdown.end_step(now)
-            if facts.step % self._every == 0:
+            if facts.step % self._every == 0 or facts.step == self._first:
                 self.last_times = times = self._breakdown.take()
                 times.exchange(self._mesh)
                 if self._mesh.rank == 0:
