@@ -112,10 +112,17 @@ WITH_REFERENCE = ("trainer_stage3-linear", "accelerate_loop-stage3", "peft_lora-
 """Cases that are run at stage 0 too where they differ from the record."""
 
 
+NO_CPU = ("--use_cpu=False",)
+"""Accelerate 0.34 takes use_cpu for DDP, whatever else is asked: DeepSpeed is for GPUs there, and none is found."""
+
+
 def cases_of(name: str, text: str) -> list[Case]:
     """What is run in an environment."""
     wanted = [start for package, starts in CHOSEN.items() if package in ("", *ENVIRONMENTS[name]) for start in starts]
-    return [case for case in CASES if case.name.startswith(tuple(wanted)) and text in case.name]
+    found = [case for case in CASES if case.name.startswith(tuple(wanted)) and text in case.name]
+    if "0.34" not in ENVIRONMENTS[name].get("accelerate", ""):
+        return found
+    return [replace(c, arguments=(*c.arguments, *NO_CPU)) if c.name.startswith("trainer_") else c for c in found]
 
 
 def ddp_of(case: Case) -> Case:
