@@ -7,7 +7,6 @@ does it; no number of the training changes.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from tritonspeed.config import Config
+from tritonspeed.log import asked_for
 from tritonspeed.precision import Policy
 from tritonspeed.profiling.flops_count import Counts, ModuleWatch
 from tritonspeed.profiling.flops_table import FlopsProfile, Shape
@@ -27,7 +27,7 @@ from tritonspeed.zero import ShardedModel
 from tritonspeed.zero.guard import ModuleHook
 from tritonspeed.zero.tree import tensors_in
 
-log = logging.getLogger("tritonspeed")
+log = asked_for()
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
