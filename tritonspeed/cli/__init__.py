@@ -20,7 +20,7 @@ COMMANDS = {
     "run": "start a training script on one or many ranks, with DeepSpeed's launcher flags, over torchrun",
     "env": "run another launcher, as torchrun or accelerate launch, so that its scripts find tritonspeed as deepspeed",
     "report": "what this machine has, what works on it, and what to do where it does not",
-    "check": "what each key of a ds_config.json does here",
+    "check": "what each key of a ds_config.json, and each name of deepspeed in a script, does here",
     "estimate": "what a run needs in memory and on disk, what it moves, and which settings fit",
     "tune": "time the kernels' launch configurations on this GPU and keep the fastest",
     "convert": "make one kind of checkpoint into another: tritonspeed's, DeepSpeed's universal, Hugging Face weights",
