@@ -101,6 +101,24 @@ def test_under_the_command_deepspeed(folder: Path) -> None:
     assert done.stderr.count("`deepspeed` is tritonspeed") == 1
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--no_local_rank --launcher pdsh --num_gpus 2 --master_addr alpha --master_port 29500",
+        "--no_local_rank --launcher pdsh --exclude beta:1 --master_port 29500",
+        "--no_local_rank --launcher pdsh --include alpha:0,1@beta --master_port 29500 --module",
+        "--node_rank 1 --no_ssh --num_gpus 2 --master_addr alpha --master_port 29500",
+    ],
+)
+def test_the_flags_that_accelerate_gives_the_command(flags: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
+    words = ["--dry-run", "-q", "--hostfile", "hosts", *flags.split(), "train.py", "--deepspeed", "ds.json"]
+    assert deepspeed_command.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "train.py --deepspeed ds.json" in printed and "29500" in printed
+    assert f"PYTHONPATH={FOLDER}" in printed.replace("'", "")
+
+
 def test_without_a_launcher_there_is_one_rank(folder: Path) -> None:
     in_the_process = SCRIPT.replace("import deepspeed; print(deepspeed.__version__)", "print('anything')")
     (folder / "alone.py").write_text(f"import tritonspeed.hf\n{in_the_process}")

@@ -23,7 +23,7 @@ import importlib.metadata, importlib.util, sys
 spec = importlib.util.find_spec("deepspeed")
 assert spec is not None and "deepspeed" not in sys.modules
 assert importlib.metadata.metadata("deepspeed")["Name"] == "deepspeed"
-assert importlib.metadata.version("deepspeed") == EXPECTED
+assert importlib.metadata.version("deepspeed") == importlib.metadata.version("DeepSpeed") == EXPECTED
 import transformers.integrations.deepspeed as hf
 from accelerate.utils import is_deepspeed_available, compare_versions
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -37,6 +37,8 @@ import deepspeed
 assert deepspeed.ops.adam.FusedAdam and deepspeed.__version__ == EXPECTED
 assert sys.modules["deepspeed.runtime.zero"] is deepspeed.runtime.zero
 assert deepspeed.runtime.zero.partition_parameters.ZeroParamStatus is ZeroParamStatus
+assert sum(found.metadata["Name"] == "deepspeed" for found in importlib.metadata.distributions()) == 1
+assert deepspeed.__file__.endswith("__init__.py")
 """
 
 

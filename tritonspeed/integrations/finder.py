@@ -45,6 +45,7 @@ class _FacadeLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__ == "deepspeed":
+            module.__file__ = str(FOLDER / "deepspeed" / "__init__.py")
             _announce()
 
 
@@ -83,7 +84,7 @@ class Finder(DistributionFinder):
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterator[Any]:
         """The metadata, where ``deepspeed``'s, or everyone's, is asked for."""
         wanted = None if context is None else context.name
-        if wanted in (None, "deepspeed"):
+        if (wanted is None or wanted.lower() == "deepspeed") and str(FOLDER) not in sys.path:
             yield from importlib.metadata.MetadataPathFinder.find_distributions(
                 DistributionFinder.Context(name="deepspeed", path=[str(FOLDER)])
             )
