@@ -162,13 +162,18 @@ ACCELERATE = [
     accelerate(
         "loop-stage2",
         _SUMMED_IN_FP32,
-        *("--optimizer=config", "--mixed_precision=bf16"),
+        *("--optimizer=config", "--mixed_precision=bf16", "--lr=1e-3"),
         close=3,
         why="DeepSpeed rounds summed gradients to bf16 even so: its first norm is 0.78006, that of the sum in fp64 and"
         " ours 0.77999",
     ),
     accelerate("loop-stage3", zero(3), "--pretrained"),
     accelerate("loop-stage3-callable", zero(3, optimizer=_ADAMW), "--optimizer=callable"),
+    accelerate(
+        "loop-stage1-overflow",
+        zero(1, fp16={"enabled": "auto", "initial_scale_power": 18, "hysteresis": 1}),
+        *("--mixed_precision=fp16", "--lr=1e-3"),
+    ),
     accelerate("models-2-3-1", zero(2), script="models"),
     accelerate("models-3-0-3", zero(3), "--student=3", "--teacher=0", "--critic=3", script="models"),
 ]

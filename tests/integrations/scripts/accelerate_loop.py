@@ -33,15 +33,15 @@ class Counter:
         self.seen = state["seen"]
 
 
-def optimizer_and_schedule(kind: str, model: torch.nn.Module) -> tuple[Any, Any]:
+def optimizer_and_schedule(kind: str, model: torch.nn.Module, lr: float) -> tuple[Any, Any]:
     """torch's own; those of the config; or the config's optimizer under a schedule of one's own."""
     if kind == "torch":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
         return optimizer, get_linear_schedule_with_warmup(optimizer, 2, 40)
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     others = [p for n, p in model.named_parameters() if "norm" in n]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = DummyOptim(groups, lr=1e-2)
+    optimizer = DummyOptim(groups, lr=lr)
     if kind == "config":
         return optimizer, DummyScheduler(optimizer, total_num_steps=24, warmup_num_steps=2)
     return optimizer, DummyScheduler(
@@ -68,7 +68,7 @@ class Run:
             model = LlamaForCausalLM.from_pretrained(self.out / "pretrained")
         train = DataLoader(token_samples(SAMPLES), batch_size=BATCH)
         evaluate = DataLoader(token_samples(7, seed=2), batch_size=BATCH)
-        optimizer, schedule = optimizer_and_schedule(args.optimizer, model)
+        optimizer, schedule = optimizer_and_schedule(args.optimizer, model, args.lr)
         prepared = self.accelerator.prepare(model, optimizer, train, evaluate, schedule)
         self.model, self.optimizer, self.train_data, self.evaluate_data, self.schedule = prepared
         self.counter = Counter()
@@ -157,7 +157,7 @@ class Run:
 
 def main() -> None:
     """The whole run."""
-    parser = arguments(optimizer="torch", pretrained=False, cpu=False, mixed_precision="no")
+    parser = arguments(optimizer="torch", pretrained=False, cpu=False, mixed_precision="no", lr=1e-2)
     args = parser.parse_args()
     if args.cpu:  # real DeepSpeed on a CPU needs to be told so before Accelerator looks for GPUs
         PartialState(cpu=True)
