@@ -40,7 +40,6 @@ REFUSED = [
     ("bf16.bf16_optimizer_states", True, 'set it to false, and optimizer.params.state to "bf16"'),
     ("data_types.param_dtype", "bf16", "use fp16, bf16"),
     ("data_types.buffer_dtype", "fp32", "before initialize"),
-    ("data_types.keep_in_fp32_modules", ["rotary"], "after initialize"),
     ("tensor_parallel.autotp_size", 2, "tensor parallel work"),
     ("tensor_parallel.tp.tp_size", 2, "tensor parallel work"),
     ("sequence_parallel_size", 2, "set it to 1"),

@@ -86,8 +86,4 @@ class DataTypes:
     buffer_dtype: Dtype | None = key(
         None, "type of the buffers", refuse=unless(use="convert the model's buffers before initialize")
     )
-    keep_in_fp32_modules: list[str] = key(
-        [],
-        "buffers that stay fp32: none, they take the parameters' type",
-        refuse=unless([], use="buffers take the parameters' type; set it to [], and convert them after initialize"),
-    )
+    keep_in_fp32_modules: list[str] = key([], "buffers that stay fp32", inert="buffers keep the type that they have")

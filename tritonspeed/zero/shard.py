@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _NormBase
 
 from tritonspeed import comm
 from tritonspeed.comm import Mesh
@@ -121,12 +122,13 @@ class ShardedModel:
         return made
 
     def _move_buffers(self) -> None:
-        """Buffers to the device, in the parameters' dtype, with rank 0's values: as DeepSpeed's engine does."""
-        param = self.policy.param if self.policy else None
+        """Buffers to the device, with rank 0's values. They keep their dtype, as in DeepSpeed: a rotary table loses too
+        much in bf16. Statistics of a batch norm take its weights': torch computes it in one dtype."""
+        statistics = {b: m.weight for m in self.model.modules() if isinstance(m, _NormBase) for b in m.buffers(False)}
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
-                cast = buffer.is_floating_point() and param not in (None, torch.float32)
-                buffer.data = buffer.data.to(self.mesh.device, param if cast else buffer.dtype)
+                weight = statistics.get(buffer) if buffer.is_floating_point() else None
+                buffer.data = buffer.data.to(self.mesh.device, buffer.dtype if weight is None else weight.dtype)
                 comm.broadcast_(self.mesh, buffer.data, 0, f"buffer {name}")
 
     def attach(self, optimizer: torch.optim.Optimizer, **options: Any) -> ZeroOptimizer:
