@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from profiled import Clock, counts, heard, make, settings, train
@@ -84,7 +87,90 @@ def test_who_leaves_hears_no_more():
     assert (len(one), len(other), spans.on) == (0, 1, False)
 
 
-def collectives_of_a_step(stage: int) -> list[tuple[str, str]]:
+class Gpu:
+    """A GPU's clock and what it has passed, turned by hand: events are what ``torch.cuda.Event`` is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_ms, self.passed_ms = 5.0, 5.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+
+            def record(self, stream: object) -> None:
+                self.at_ms = gpu.now_ms
+
+            def query(self) -> bool:
+                return self.at_ms <= gpu.passed_ms
+
+            def synchronize(self) -> None:
+                gpu.passed_ms = max(gpu.passed_ms, self.at_ms)
+
+            def elapsed_time(self, end: Event) -> float:
+                assert self.query() and end.query(), "an event that the GPU has not passed has no time"
+                return end.at_ms - self.at_ms
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "observer")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "compute")
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.pass_to(self.now_ms))
+
+    def pass_to(self, at_ms: float) -> None:
+        self.passed_ms = max(self.passed_ms, at_ms)
+
+
+def test_a_gpu_is_asked_and_not_waited_for(monkeypatch):
+    clock, gpu, spans, found = Clock(monkeypatch), Gpu(monkeypatch), Spans(), []
+    spans.listen(found.append, torch.device("cuda", 0))
+    with spans.phase("forward", None):
+        gpu.now_ms += 1000
+        with spans.span("forward", "unit"):
+            gpu.now_ms += 2000
+        spans.mark()
+        with spans.span("backward", "unit"):
+            gpu.now_ms += 4000
+    spans.collect()
+    assert not found, "it has passed none of these yet"
+    gpu.pass_to(3005)
+    spans.collect()
+    assert [s.kind for s in found] == ["forward"]
+    spans.collect(wait=True)
+    assert [(s.begin, s.end, s.own_s) for s in found] == [(101, 103, 2), (103, 107, 4), (100, 107, 1)]
+    assert clock.now == 100, "the host went on at once"
+
+
+def test_what_the_host_does_beside_a_gpu_has_its_own_time(monkeypatch):
+    clock, gpu, spans, found = Clock(monkeypatch), Gpu(monkeypatch), Spans(), []
+    spans.listen(found.append, torch.device("cuda", 0))
+    with spans.span("fetch wait", "unit", on_host=True):
+        clock.pass_(3)
+    under_way = spans.start("store", "unit", 8)
+    assert under_way is not None
+    clock.pass_(4)
+    under_way.close()
+    spans.collect()
+    assert [(s.kind, s.begin, s.duration_s) for s in found] == [("fetch wait", 100, 3), ("store", 103, 4)]
+    assert gpu.passed_ms == 5
+
+
+def test_nccl_s_end_is_seen_by_the_observer_and_its_tensors_are_held(monkeypatch):
+    gpu, spans, found = Gpu(monkeypatch), Spans(), []
+    Clock(monkeypatch)
+    spans.listen(found.append, torch.device("cuda", 0))
+    span = spans.collective("all-gather", "unit", 8)
+    whole, work = torch.ones(2), SimpleNamespace(wait=lambda: setattr(gpu, "now_ms", gpu.now_ms + 500))
+    assert span is not None
+    spans.watch(span, [work], whole)
+    assert span.kept[0] is whole
+    gpu.now_ms += 9000  # who waits for it comes late
+    span.close()
+    spans.collect(wait=True)
+    assert [s.duration_s for s in found] == [0.5] and span.kept is None
+
+
+def collectives_of_a_step(stage: int) -> list[tuple[tuple[str, str], int]]:
     engine = make(settings(stage))
     train(engine, 1)
     with heard(engine) as found:

@@ -129,7 +129,7 @@ def test_an_interrupted_backward_is_closed(tmp_path):
     engine = make(settings(3))
     with engine.trace(folder=tmp_path) as trace:
         loss = engine(*batch(0, 0))
-        handle = engine.module.blocks[0].mix.weight.register_hook(lambda g: 1 / 0)
+        handle = engine.module.get_parameter("blocks.0.mix.weight").register_hook(lambda g: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.backward(loss)
         handle.remove()

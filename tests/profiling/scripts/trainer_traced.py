@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integrations" / "scripts"))
 
@@ -34,7 +35,8 @@ set_seed(0)
 class Traced(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1:
-            self.trace = trainer.model_wrapped.trace(steps=2, folder=run.out)
+            engine: Any = trainer.model_wrapped
+            self.trace = engine.trace(steps=2, folder=run.out)
 
 
 traced = Traced()
