@@ -175,6 +175,26 @@ def test_members_of_what_initialize_returned(call):
     assert "save_checkpoint()" in rows["engine.save_zero_checkpoint"]["note"]
 
 
+def test_a_name_is_an_engines_from_initialize_on(call):
+    status, _, rows = call(
+        "--script",
+        "train.py",
+        train_py="""\
+            import deepspeed
+
+            def main(model, optimizer):
+                print(model.num_experts, optimizer.cur_scale)
+                model, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer)
+                model.training_data = None
+                model.step()
+                return model.num_experts
+            """,
+    )
+    assert status == 0
+    expected = {"deepspeed.initialize": "honoured", "engine.step": "honoured", "engine.num_experts": "warning"}
+    assert verdicts(rows) == expected  # the last may be the module's own
+
+
 def test_configs_that_the_script_names_are_checked(call):
     status, _, rows = call(
         "--script",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tritonspeed.cli.engine_members import ALTERNATIVES, members_here
+from tritonspeed.cli.engine_members import ALTERNATIVES, PLAUSIBLE, members_here
 from tritonspeed.cli.neighbours import Neighbour, neighbours
 from tritonspeed.cli.script_files import Found, Source, read_scripts
 from tritonspeed.cli.script_uses import Reader, Use
@@ -175,9 +175,11 @@ def _member(use: Use) -> Iterator[Row]:
     instead = ALTERNATIVES[use.kind].get(use.name)
     if use.name in here:
         yield Row(f"{use.kind}.{use.name}", "honoured", "")
+    elif instead is not None and use.name in PLAUSIBLE:
+        note = f"the module's own, where it has one; DeepSpeed's is not provided: {instead}"
+        yield Row(f"{use.kind}.{use.name}", "warning", note)
     elif instead is not None:
-        inert = use.guarded or not use.needed
-        yield Row(f"{use.kind}.{use.name}", "inert" if inert else "refused", f"not provided: {instead}")
+        yield Row(f"{use.kind}.{use.name}", "inert" if use.guarded else "refused", f"not provided: {instead}")
 
 
 def _config(use: Use, source: Source) -> Row:

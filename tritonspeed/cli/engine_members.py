@@ -91,6 +91,12 @@ ALTERNATIVES = {"engine": _by_member(_ENGINE), "optimizer": _by_member(_OPTIMIZE
 """Kind of object → member of DeepSpeed's → what to use instead."""
 
 
+PLAUSIBLE = frozenset(
+    "losses num_experts has_moe_layers moe_layers gate_modules flatten timers flops collate_fn".split()
+)
+"""Members that a user's own module may have too: the engine passes such a name on to it."""
+
+
 @functools.cache
 def members_here(kind: str) -> frozenset[str]:
     """Names that the engine here, or its optimizer, has of its own."""

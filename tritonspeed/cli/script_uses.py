@@ -55,6 +55,8 @@ class Reader:
         """Name in the file → name of deepspeed (or of os, subprocess, importlib) that it stands for."""
         self.members: dict[str, Kind] = {}
         """Expression → that it is an engine, or an engine's optimizer."""
+        self.since: dict[tuple[str, ast.AST | None], int] = {}
+        """Where ``initialize`` gives a name to an engine: before that line, the name is another object's."""
         self.literals: dict[str, Any] = {}
         self.uses: list[Use] = []
         for node in nodes:
@@ -117,18 +119,12 @@ class Reader:
                 self.members[node.arg] = "engine"
             return
         if isinstance(node, ast.AnnAssign) and node.value is not None:
-            targets = [node.target]
+            self._assign_one(node.target, node.value)
         elif isinstance(node, ast.Assign):
-            targets = node.targets
-        else:
-            return
-        assert isinstance(node, ast.Assign | ast.AnnAssign), "the two kinds of assignment"
-        for target in targets:
-            self._assign_one(target, node.value)
+            for target in node.targets:
+                self._assign_one(target, node.value)
 
-    def _assign_one(self, target: ast.expr, value: ast.expr | None) -> None:
-        if value is None:
-            return
+    def _assign_one(self, target: ast.expr, value: ast.expr) -> None:
         whole = self.place(value)
         key = _dotted(target) or ""
         if isinstance(target, ast.Name) and whole is not None:
@@ -138,14 +134,25 @@ class Reader:
         if self._is_initialize(value):
             names = target.elts if isinstance(target, ast.Tuple | ast.List) else []
             for each, kind in zip(names, RETURNED, strict=False):
-                if (_dotted(each) or "_") != "_":
-                    self.members[_dotted(each) or ""] = kind
+                self._is_member(_dotted(each) or "_", kind, value)
         elif isinstance(value, ast.Subscript) and self._is_initialize(value.value):
             index = value.slice.value if isinstance(value.slice, ast.Constant) else None
             if index in (0, 1):
-                self.members[key] = RETURNED[index]
+                self._is_member(key, RETURNED[index], value)
         elif key and (kind := self.members.get(_dotted(value) or "")) is not None:
             self.members.setdefault(key, kind)
+
+    def _is_member(self, key: str, kind: Kind, value: ast.expr) -> None:
+        if key != "_":
+            self.members[key] = kind
+            at = (key, self._scope(value))
+            self.since[at] = min(value.lineno, self.since.get(at, value.lineno))
+
+    def _scope(self, node: ast.AST | None) -> ast.AST | None:
+        """The function that a node is in."""
+        while node is not None and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node = self.parents.get(node)
+        return node
 
     def _is_initialize(self, node: ast.AST) -> bool:
         return isinstance(node, ast.Call) and self.place(node.func) in (
@@ -155,9 +162,10 @@ class Reader:
 
     def _name(self, node: ast.AST) -> None:
         parent = self.parents.get(node)
-        if isinstance(node, ast.Attribute) and self.members:
-            kind = self.members.get(_dotted(node.value) or "")
-            if kind is not None:
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and self.members:
+            key = _dotted(node.value) or ""
+            kind = self.members.get(key)
+            if kind is not None and node.lineno >= self.since.get((key, self._scope(node)), 0):
                 self._add(kind, node.attr, node)
         if isinstance(parent, ast.Attribute) and parent.value is node:
             return  # the longer name is looked at
