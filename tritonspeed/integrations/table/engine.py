@@ -22,11 +22,11 @@ _SCALER = 'the "fp16" block of the config sets the loss scale, and the engine ke
 
 _CPU_ADAM = {"DeepSpeedCPUAdam": here(f"{_OWN}.optimizers:DeepSpeedCPUAdam")}
 _FUSED_ADAM = {"FusedAdam": here(f"{_OWN}.optimizers:FusedAdam")}
-_ADAGRAD = {"DeepSpeedCPUAdagrad": here(f"{_OPTIM}:Adagrad")}
-_CPU_LION = {"DeepSpeedCPULion": here(f"{_OPTIM}:Lion")}
-_FUSED_LION = {"FusedLion": here(f"{_OPTIM}:Lion")}
+_ADAGRAD = {"DeepSpeedCPUAdagrad": here(f"{_OWN}.optimizers:DeepSpeedCPUAdagrad")}
+_CPU_LION = {"DeepSpeedCPULion": here(f"{_OWN}.optimizers:DeepSpeedCPULion")}
+_FUSED_LION = {"FusedLion": here(f"{_OWN}.optimizers:FusedLion")}
 _MULTI_TENSOR = without(INNER, "multi_tensor_applier")
-_LAMB = {"FusedLamb": here(f"{_OPTIM}:Lamb")}
+_LAMB = {"FusedLamb": here(f"{_OWN}.optimizers:FusedLamb")}
 _CALLABLES = {
     "DeepSpeedOptimizerCallable": here("typing:Callable", "a type: parameters → optimizer"),
     "DeepSpeedSchedulerCallable": here("typing:Callable", "a type: optimizer → schedule"),
