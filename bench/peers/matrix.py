@@ -41,6 +41,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "peft": "0.21.2",
         "datasets": "5.2.0",
         "lightning": "2.6.6",
+        "pytorch-lightning": "2.6.6",
     },
     "transformers-5-first": {
         "transformers": "5.0.0",
@@ -48,6 +49,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "trl": "0.28.0",
         "peft": "0.18.1",
         "lightning": "2.6.0",
+        "pytorch-lightning": "2.6.0",
     },
     "transformers-4": {
         "transformers": "4.57.6",
@@ -55,6 +57,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "trl": "0.29.1",
         "peft": "0.18.1",
         "lightning": "2.5.6",
+        "pytorch-lightning": "2.5.6",
     },
     "transformers-4-first": {
         "transformers": "4.57.1",
@@ -62,6 +65,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "trl": "0.24.0",
         "peft": "0.17.0",
         "lightning": "2.5.0",
+        "pytorch-lightning": "2.5.0",
     },
     "accelerate-0": {
         "transformers": "4.51.3",
@@ -69,8 +73,9 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "trl": "0.17.0",
         "peft": "0.15.2",
         "lightning": "2.0.9",
+        "pytorch-lightning": "2.0.9",
     },
-    "lightning-1": {"pytorch-lightning": "1.9.5"},
+    "lightning-1": {"pytorch-lightning": "1.9.5"},  # the one named `lightning` does not find its cloud's library
 }
 """The last two majors: the newest and the oldest of each that is tried."""
 
@@ -102,7 +107,7 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     "peft": ("peft_lora-stage3",),
     "trl": ("trl_sft", "trl_dpo", "trl_grpo"),
     "lightning": ("lightning_",),
-    "pytorch-lightning": ("lightning_fit-stage3",),  # 1.9 under this name: `lightning` asks for a cloud's library too
+    "pytorch-lightning": ("lightning_fit-stage3",),
 }
 """Package → beginnings of the names of the cases that are tried with it: of each kind of script one or two."""
 

@@ -21,13 +21,15 @@ pl = import_module(args.package)
 
 
 class Module(pl.LightningModule):
-    """Built by the strategy, sharded as it is made."""
+    """Built by the strategy, sharded as it is made; or at once, whole."""
 
-    def __init__(self, lr: float = 3e-3, seed: int = 0) -> None:
+    def __init__(self, lr: float = 3e-3, seed: int = 0, build: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model: Any = None
         self.seen: list[dict[str, float]] = []
+        if build:
+            self.configure_model()
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -106,7 +108,7 @@ if not args.ddp:
         metrics["converted"] = sorted(client_state["state_dict"]) == sorted(module.state_dict())
         metrics["global_step_kept"] = client_state["global_step"]
     resumed.strategy.barrier()
-    loaded = Module.load_from_checkpoint(file, map_location="cpu", strict=True, seed=2)
+    loaded = Module.load_from_checkpoint(file, map_location="cpu", strict=True, seed=2, build=True)
     metrics["loaded_lr"] = loaded.hparams.lr
     again = trainer(args.steps, load_full_weights=True)
     full = {"ckpt_path": file} if again.strategy.zero_stage_3 else {}  # Lightning reads one file at stage 3 alone
