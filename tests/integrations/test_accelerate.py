@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from script_cases import ACCELERATE, RECORDED, SCRIPTS, Case
-from script_runs import OFFLINE, TIMEOUT_S, differences
+from script_runs import OFFLINE, TIMEOUT_S, differences, run_case
 
 from tritonspeed.integrations.finder import path_variables
 
-LOOPS = [case for case in ACCELERATE if case.script == "accelerate_loop.py"]
+LOOPS = [case for case in ACCELERATE if case.script == "accelerate_loop.py" and not case.no_peer]
+OVERFLOW = next(case for case in ACCELERATE if case.no_peer)
 SEVERAL = [case for case in ACCELERATE if case.script == "accelerate_models.py"]
 AsRecorded = Callable[[Case], dict[str, Any]]
 
@@ -33,6 +34,16 @@ def test_several_models_have_deepspeeds_numbers(case: Case, as_recorded: AsRecor
     """Real DeepSpeed cannot save the ones without an optimizer; here save_state takes all, and the numbers stay."""
     record = as_recorded(dataclasses.replace(case, arguments=(*case.arguments, "--save_all")))
     assert "zero_optimization.reduce_bucket_size: unknown key" in record["output"], "dotted keys are told, and no error"
+
+
+def test_a_step_that_overflows_is_skipped_and_said(tmp_path: Path) -> None:
+    """fp16 from a loss scale that is too high: skipped steps come first, and the schedule waits for them."""
+    rows = run_case(OVERFLOW, tmp_path)["steps"]
+    assert [row["skipped"] for row in rows] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert rows[3]["loss"] == rows[0]["loss"], "the second epoch begins where the first did: nothing was learned"
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[:3] == [0.0] * 3 and rates[3] > rates[4] > rates[5] > 0, rates
+    assert all(0.7 < row["grad_norm"] < 0.9 for row in rows[3:]), "unscaled"
 
 
 def launched(folder: Path, *flags: str) -> dict[str, Any]:
@@ -57,7 +68,9 @@ def recorded(name: str) -> tuple[Case, dict[str, Any]]:
 def test_accelerate_launch_with_flags(tmp_path: Path) -> None:
     case, theirs = recorded("accelerate_loop-stage3")
     flags = ("--zero_stage", "3", "--zero3_init_flag", "true", "--zero3_save_16bit_model", "true")
-    found = differences(case, launched(tmp_path, *flags, "--gradient_clipping", "1.0", "--mixed_precision", "no"), theirs)
+    found = differences(
+        case, launched(tmp_path, *flags, "--gradient_clipping", "1.0", "--mixed_precision", "no"), theirs
+    )
     assert not found, "\n".join(found)
 
 
