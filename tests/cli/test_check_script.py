@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tritonspeed as ts
-from tritonspeed.cli import check_script
+from tritonspeed.cli import check, check_script, main
 from tritonspeed.cli.check import add_arguments, run
 from tritonspeed.cli.engine_members import ALTERNATIVES, members_here
 from tritonspeed.cli.neighbours import Neighbour
@@ -27,7 +27,7 @@ RECORDED = Path(__file__).with_name("deepspeed_engine_members.txt")
 def call(tmp_path, capsys):
     """``call(words, train_py=...)`` writes the files and checks: (status, the report as JSON, its rows by name)."""
 
-    def check(*words, **files):
+    def check_files(*words, **files):
         for name, text in files.items():
             path = tmp_path / name.replace("_py", ".py").replace("_json", ".json")
             path.parent.mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def call(tmp_path, capsys):
         report = json.loads(capsys.readouterr().out)
         return status, report, {row["name"]: row for row in report["scripts"]["rows"]}
 
-    return check
+    return check_files
 
 
 def verdicts(rows):
@@ -375,6 +375,17 @@ def test_config_and_script_on_one_screen(tmp_path, capsys):
     assert "1 refused, 2 honoured" in out
     assert out.splitlines()[-1].startswith("start it with `tritonspeed run train.py`")
     assert len(out.splitlines()) < 40
+
+
+def test_a_small_window(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "WIDTH_OF_A_PIPE", 80)
+    lines = ["import deepspeed", "from deepspeed.zero import Init, GatheredParameters", "deepspeed.init_inference(0)"]
+    (tmp_path / "train.py").write_text("\n".join(lines))
+    assert main(["check", "--script", "train.py"]) == 1
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "refused  deepspeed.init_inference  train.py:3" in out
+    assert "honoured deepspeed.zero.Init, GatheredParameters" in out
 
 
 def test_users_scripts_that_run_are_not_refused(call):

@@ -93,7 +93,7 @@ def for_one_rank(path: Path, folder: Path) -> dict[str, Any]:
     tree["train_micro_batch_size_per_gpu"] = 2
     schedule = tree.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
-        schedule["total_num_steps"] = 10
+        schedule["total_num_steps"] = 2000
     for block in ("offload_optimizer", "offload_param"):
         zero = tree.get("zero_optimization")
         inner = zero.get(block) if isinstance(zero, dict) else None

@@ -91,9 +91,7 @@ ALTERNATIVES = {"engine": _by_member(_ENGINE), "optimizer": _by_member(_OPTIMIZE
 """Kind of object → member of DeepSpeed's → what to use instead."""
 
 
-PLAUSIBLE = frozenset(
-    "losses num_experts has_moe_layers moe_layers gate_modules flatten timers flops collate_fn".split()
-)
+PLAUSIBLE = {"losses", "num_experts", "has_moe_layers", "moe_layers", "gate_modules", "flatten", "timers", "collate_fn"}
 """Members that a user's own module may have too: the engine passes such a name on to it."""
 
 

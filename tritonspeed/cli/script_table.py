@@ -15,6 +15,7 @@ from tritonspeed.cli.check_script import ORDER, Row, ScriptReport
 STYLES = {"refused": "bold red", "warning": "yellow", "inert": "dim", "honoured": "green"}
 MOST_PLACES = 4
 WORKS = "as in DeepSpeed"
+WIDE = 110  # columns from which the table is drawn with lines
 
 
 def print_scripts(report: ScriptReport, console: Console) -> None:
@@ -23,20 +24,40 @@ def print_scripts(report: ScriptReport, console: Console) -> None:
     if report.imported:
         title += f", with {_count(len(report.imported), 'file')} imported from beside it"
     if report.rows:
-        table = Table(title=title, title_justify="left")
-        table.add_column("name", overflow="fold", ratio=9)
-        table.add_column("where", overflow="fold", ratio=5)
-        table.add_column("verdict", no_wrap=True)
-        table.add_column("what it does here", ratio=11)
-        for row in _grouped(report.rows):
-            style = STYLES[row.verdict]
-            table.add_row(Text(row.name), Text(_places(row.places)), Text(row.verdict, style=style), Text(row.note))
-        console.print(table)
+        console.print(_wide(report, title) if console.width >= WIDE else _narrow(report, title))
     counts = {verdict: sum(row.verdict == verdict for row in report.rows) for verdict in ORDER}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     console.print(Text(said or f"nothing of deepspeed in {title or 'it'}"))
     if report.start:
         console.print(Text(report.start, style="bold"))
+
+
+def _wide(report: ScriptReport, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("name", overflow="fold", ratio=9)
+    table.add_column("where", overflow="fold", ratio=5)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("what it does here", overflow="fold", ratio=11)
+    for row in _grouped(report.rows):
+        style = STYLES[row.verdict]
+        table.add_row(Text(row.name), Text(_places(row.places)), Text(row.verdict, style=style), Text(row.note))
+    return table
+
+
+def _narrow(report: ScriptReport, title: str) -> Table:
+    """For a small window: no lines, the note under its name, and what simply works in one row."""
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = _grouped(report.rows)
+    for row in rows:
+        if row.note != WORKS:
+            line = Text.assemble((row.name, "bold"), "  ", (_places(row.places), "dim"), "\n", row.note)
+            table.add_row(Text(row.verdict, style=STYLES[row.verdict]), line)
+    works = [row.name for row in rows if row.note == WORKS]
+    if works:
+        table.add_row(Text("honoured", style=STYLES["honoured"]), Text("; ".join(works)))
+    return table
 
 
 def script_facts(report: ScriptReport) -> dict[str, Any]:
