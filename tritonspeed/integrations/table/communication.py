@@ -10,19 +10,23 @@ _YES = f"{_OWN}.groups:yes"
 
 _COMM: Rows = {
     **same(
-        _TORCH,
+        f"{_OWN}.collectives",
         "all_reduce all_gather all_gather_into_tensor all_gather_object all_to_all all_to_all_single barrier broadcast"
         " broadcast_object_list gather irecv isend monitored_barrier recv reduce reduce_scatter reduce_scatter_tensor"
-        " scatter send get_rank get_world_size get_global_rank new_group destroy_process_group batch_isend_irecv"
-        " all_reduce_coalesced is_available ReduceOp P2POp ProcessGroup",
+        " scatter send batch_isend_irecv all_reduce_coalesced",
+    ),
+    **same(
+        _TORCH,
+        "get_rank get_world_size get_global_rank new_group destroy_process_group is_available ReduceOp P2POp"
+        " ProcessGroup",
     ),
     **same(f"{_OWN}.start", "init_distributed is_initialized get_local_rank"),
     **same(f"{_OWN}.groups", "get_world_group"),
     "get_local_rank_from_launcher": here(f"{_OWN}.start:get_local_rank"),
     "get_all_ranks_from_group": here(f"{_TORCH}:get_process_group_ranks"),
-    "allgather_fn": here(f"{_TORCH}:all_gather_into_tensor"),
-    "reduce_scatter_fn": here(f"{_TORCH}:reduce_scatter_tensor"),
-    "inference_all_reduce": here(f"{_TORCH}:all_reduce"),
+    "allgather_fn": here(f"{_OWN}.collectives:all_gather_into_tensor"),
+    "reduce_scatter_fn": here(f"{_OWN}.collectives:reduce_scatter_tensor"),
+    "inference_all_reduce": here(f"{_OWN}.collectives:all_reduce"),
     "all_gather_coalesced": refused("call all_gather_into_tensor once per tensor, with async_op=True"),
     "default_pg_timeout": here(f"{_TORCH}.constants:default_pg_timeout"),
     "has_all_gather_into_tensor": here(_YES),
