@@ -145,7 +145,8 @@ def test_compiled_units_are_counted_apart_and_timed_as_they_are_compiled():
         losses.append(train(engine, 4))
         found = engine.last_flops
         engine.destroy()
-    assert losses[0] == losses[1] and found is not None
+    assert losses[0] == losses[1] and found is not None and found.was_uncompiled
+    assert "ran uncompiled while they were counted" in found.table()
     assert (found.num_forward, found.num_backward) == (2 * LINEAR * TOKENS, 4 * LINEAR * TOKENS)
     rows = {row.name: row for row in found.rows}
     assert rows["blocks.0"].seconds > 0 and rows["blocks.0.up"].seconds == 0 and rows["blocks.0.up"].forward

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -107,10 +109,10 @@ def test_quantised_products_are_counted():
     codes, scales = torch.zeros(7, 64, dtype=torch.int8), torch.ones(7)
     packed = torch.zeros(7, 32, dtype=torch.uint8)
     cost = 2 * 5 * 64 * 7
-    assert flops_of(ops.matmul_w8a16.default, (x, codes, scales, None), {}, None) == cost
-    assert flops_of(ops.matmul_w4a16.default, (x, packed, scales, None, None), {}, None) == cost
+    assert flops_of(ops.matmul_w8a16, (x, codes, scales, None), {}, None) == cost
+    assert flops_of(ops.matmul_w4a16, (x, packed, scales, None, None), {}, None) == cost
     rows = torch.ones(5)
-    assert flops_of(ops.matmul_w8a8.default, (codes[:5], rows, codes, scales, None, torch.float32), {}, None) == cost
+    assert flops_of(ops.matmul_w8a8, (codes[:5], rows, codes, scales, None, torch.float32), {}, None) == cost
 
 
 def test_what_cannot_be_counted_is_named():
@@ -127,6 +129,38 @@ def test_what_cannot_be_counted_is_named():
     with watch.count():
         model(torch.randn(3))
     assert watch.counts.opaque == {"somebody::attention"}
+
+
+def test_flexible_attention_is_one_operation():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Model(nn.Module):
+        def forward(self, q):
+            return flex_attention(q, q, q)
+
+    model = Model()
+    watch = ModuleWatch(model)
+    with warnings.catch_warnings(), torch.no_grad(), watch.count():
+        warnings.simplefilter("ignore")  # that it is slow where it is not compiled
+        model(torch.randn(2, 3, 16, 8))
+    assert watch.counts.forward == {"": 4 * 2 * 3 * 16 * 16 * 8} and not watch.counts.opaque
+
+
+def test_what_is_compiled_is_counted_uncompiled():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    counts = run(compiled, lambda: compiled(torch.randn(5, 4)).sum()).counts
+    assert counts.num_forward == 2 * 5 * (32 + 24) and not counts.opaque
+
+
+def test_nested_tensors_and_fused_networks_are_named_as_not_counted():
+    linear, lstm = nn.Linear(4, 8), nn.LSTM(3, 5)
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=torch.jagged)
+    assert run(linear, lambda: linear(nested).values().sum()).counts.opaque == {"aten::linear"}
+    watch = ModuleWatch(lstm)
+    with watch.count():
+        lstm(torch.randn(7, 2, 3))
+    assert watch.counts.opaque == {"aten::mkldnn_rnn_layer"} or watch.counts.num_forward, "where there is no mkldnn"
 
 
 def test_inference_mode_and_convolutions_count_as_well():

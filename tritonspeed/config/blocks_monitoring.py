@@ -103,7 +103,10 @@ class CommsLogger:
 class FlopsProfiler:
     """Operations, parameters and time of each module in one step, on rank 0. Products are counted, not the rest."""
 
-    enabled: bool = key(False, "profile one step: a table in the log, or in output_file")
+    enabled: bool = key(
+        False,
+        "a table of one step, in the log or in output_file; the step before is counted, and runs uncompiled for it",
+    )
     recompute_fwd_factor: float = key(
         0.0,
         "forwards that a backward repeats; counted, so it acts only where engine.backward() is not called",

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from tritonspeed.profiling.flops_formulas import flops_of, is_opaque
+from tritonspeed.profiling.flops_formulas import flops_of, has_formula, is_opaque
 from tritonspeed.zero.guard import ModuleHook
 from tritonspeed.zero.hooks import in_backward
 from tritonspeed.zero.tree import tensors_in
@@ -88,10 +89,12 @@ class ModuleWatch:
         self._inner_handles: list[RemovableHandle] = []  # of modules inside compiled ones
         first = next((p for p in model.parameters()), None)
         self._on_gpu = first is not None and first.device.type == "cuda"
+        self.has_compiled = False
         compiled: set[nn.Module] = set()
         for name, module in model.named_modules():
             handles = self._inner_handles if module in compiled else self._handles
             if _is_compiled(module):
+                self.has_compiled = True
                 compiled.update(module.modules())
             if type(module) not in ignored:
                 self._hook(name, module, handles)
@@ -124,10 +127,13 @@ class ModuleWatch:
 
     @contextmanager
     def count(self) -> Iterator[None]:
-        """Count the operations of the block. What is counted twice as slow is not timed well: do one or the other."""
+        """Count the operations of the block, which is slower for it: what is timed is better not counted.
+
+        What is compiled runs uncompiled meanwhile: nobody sees into a compiled graph.
+        """
         self.counting = True
         try:
-            with _Count(self):
+            with torch.compiler.set_stance("force_eager"), _Count(self):
                 yield
         finally:
             self.counting = False
@@ -159,13 +165,24 @@ class ModuleWatch:
 
     def saw(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
         """One operation has run."""
-        if is_opaque(op):
-            self.counts.opaque.add(op._overloadpacket._qualified_op_name)
-            return
+        packet = op._overloadpacket
+        if is_opaque(packet):
+            self.counts.opaque.add(packet._qualified_op_name)
+        else:
+            self._add(packet, packet._qualified_op_name, args, kwargs, out)
+
+    def saw_whole(self, op: HigherOrderOperator, args: Any, kwargs: Any) -> None:
+        """An operation that is made of functions, as flex_attention, is about to run."""
+        if has_formula(op):
+            self._add(op, op.name(), args, kwargs, None)
+        else:
+            self.counts.opaque.add(op.name())
+
+    def _add(self, op: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         try:
             num_flops = flops_of(op, args, kwargs, out)
         except Exception:  # operands that a formula has not met: the step goes on
-            self.counts.opaque.add(op._overloadpacket._qualified_op_name)
+            self.counts.opaque.add(name)
             return
         if not num_flops:
             return
@@ -184,13 +201,29 @@ def _is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
+_QUESTIONS = frozenset(  # asked of nested tensors, by way of dispatch; answered without us
+    [
+        *("size", "sym_size", "stride", "sym_stride", "numel", "sym_numel", "dim", "storage_offset", "layout"),
+        *("sym_storage_offset", "is_contiguous", "sym_is_contiguous", "is_strides_like_format"),
+        "is_non_overlapping_and_dense",
+    ]
+)
+
+
 class _Count(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, watch: ModuleWatch) -> None:
         super().__init__()
         self._watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            self._watch.saw_whole(func, args, kwargs)
+            return func(*args, **kwargs)  # without us: what it is made of is counted as one
+        if func._overloadpacket.__name__ in _QUESTIONS:
+            return NotImplemented
         if torch.is_inference_mode_enabled():  # there composite operations come whole
             with self:
                 out = func.decompose(*args, **kwargs)

@@ -19,31 +19,44 @@ from torch.utils import flop_counter
 
 Formula = Callable[..., int]
 _COUNTED_NAMESPACES = ("aten", "prim", "prims", "tritonspeed", "profiler", "c10d", "_c10d_functional", "debugprims")
-_OPAQUE = ("_cudnn_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "mkldnn_rnn_layer", "_scaled_grouped_mm")
+# "linear" and "matmul" come whole from nested tensors only
+_OPAQUE = (
+    "linear",
+    "matmul",
+    "_cudnn_rnn",
+    "_thnn_fused_lstm_cell",
+    "_thnn_fused_gru_cell",
+    "mkldnn_rnn_layer",
+    "_scaled_grouped_mm",
+)
 
 
 def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """What this call of ``op`` costs; 0 where it multiplies no matrices.
 
     Args:
-        op: an operator's overload, as dispatch hands it over.
+        op: an operator, of whichever overload.
         args, kwargs: its operands.
         out: its result.
     """
-    packet = op._overloadpacket
-    own = _own().get(packet)
+    own = _own().get(op)
     if own is not None:
         return own(*args, **kwargs)
-    formula = flop_counter.flop_registry.get(packet)
+    formula = flop_counter.flop_registry.get(op)
     return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
 
 
 def is_opaque(op: Any) -> bool:
     """Whether ``op`` may multiply matrices and there is no formula for it: a kernel of somebody else's, a fused RNN."""
-    packet = op._overloadpacket
-    if packet in _own() or packet in flop_counter.flop_registry:
+    if has_formula(op):
         return False
-    return op.namespace not in _COUNTED_NAMESPACES or packet.__name__ in _OPAQUE
+    namespace, _, name = op._qualified_op_name.partition("::")
+    return namespace not in _COUNTED_NAMESPACES or name in _OPAQUE
+
+
+def has_formula(op: Any) -> bool:
+    """Whether its operations can be counted."""
+    return op in _own() or op in flop_counter.flop_registry
 
 
 _formulas: dict[Any, Formula] = {}

@@ -2,7 +2,8 @@
 
 Counting makes a step slow, so the step before ``profile_step`` is counted, and ``profile_step`` timed. What it meets
 for the first time (a batch of other shapes, or any where it is the first step) it counts as well, and says so. Rank 0
-does it; no number of the training changes.
+does it; no number of the training changes, but for what is compiled: it runs uncompiled while it is counted, and may
+round otherwise.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class FlopsOfStep:
             num_tokens=self._num_tokens,
             backward_factor=2 + self.settings.recompute_fwd_factor,
             was_counted_live=self._was_live,
+            was_uncompiled=self._watch.has_compiled,
         )
         self.close()
         settings = self.settings

@@ -82,6 +82,7 @@ class FlopsProfile:
         num_tokens: likewise.
         backward_factor: backward by this many forwards, where it was not seen.
         was_counted_live: the times are those of a run that was being counted: too long.
+        was_uncompiled: there are compiled modules, which ran uncompiled while they were counted.
     """
 
     shape: Shape
@@ -94,6 +95,7 @@ class FlopsProfile:
     num_tokens: int = 0
     backward_factor: float = 2.0
     was_counted_live: bool = False
+    was_uncompiled: bool = False
     rows: list[ModuleRow] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -169,6 +171,8 @@ class FlopsProfile:
             yield f"not counted, there is no formula: {', '.join(sorted(self.counts.opaque))}"
         if self.was_counted_live:
             yield "times are of a step that was being counted, whose shapes had not been met before: they are too long"
+        if self.was_uncompiled:
+            yield "compiled modules ran uncompiled while they were counted; what is inside them is not timed"
         yield _line("parameters", f"{_si(self.num_params)}, on this rank {_si(shape.num_held)}")
         batch = [f"{self.num_micro} micro-step{'s' * (self.num_micro != 1)}"]
         batch += [f"{self.num_samples} samples"] if self.num_samples else []
