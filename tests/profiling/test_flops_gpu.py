@@ -1,4 +1,4 @@
-"""On a GPU: backward runs in a thread of its own and kernels are Triton's; counts are those of a CPU, times are events'."""
+"""On a GPU: backward has a thread of its own, kernels are Triton's; counts are those of a CPU, times are events."""
 
 from __future__ import annotations
 
