@@ -117,17 +117,19 @@ WITH_REFERENCE = ("trainer_stage3-linear", "accelerate_loop-stage3", "peft_lora-
 """Cases that are run at stage 0 too where they differ from the record."""
 
 
-NO_CPU = ("--use_cpu=False",)
-"""Accelerate 0.34 takes use_cpu for DDP, whatever else is asked: DeepSpeed is for GPUs there, and none is found."""
-
-
 def cases_of(name: str, text: str) -> list[Case]:
     """What is run in an environment."""
     wanted = [start for package, starts in CHOSEN.items() if package in ("", *ENVIRONMENTS[name]) for start in starts]
     found = [case for case in CASES if case.name.startswith(tuple(wanted)) and text in case.name]
     if "0.34" not in ENVIRONMENTS[name].get("accelerate", ""):
         return found
-    return [replace(c, arguments=(*c.arguments, *NO_CPU)) if c.name.startswith("trainer_") else c for c in found]
+    return [replace(case, arguments=without_cpu(case)) for case in found]
+
+
+def without_cpu(case: Case) -> tuple[str, ...]:
+    """Accelerate 0.34 takes a word on the CPU for DDP, whatever else is asked: DeepSpeed is for GPUs there."""
+    kept = tuple(each for each in case.arguments if each != "--cpu")
+    return (*kept, "--use_cpu=False") if case.name.startswith("trainer_") else kept
 
 
 def ddp_of(case: Case) -> Case:
