@@ -175,6 +175,23 @@ def test_members_of_what_initialize_returned(call):
     assert "save_checkpoint()" in rows["engine.save_zero_checkpoint"]["note"]
 
 
+def test_what_a_sharded_parameter_is_asked(call):
+    status, _, rows = call(
+        "--script",
+        "train.py",
+        train_py="""\
+            def count(p):
+                return p.ds_numel if hasattr(p, "ds_id") else p.numel()
+
+            def gathered(p):
+                p.ds_persist = True
+                return p.ds_secondary_tensor, p.ds_config
+            """,
+    )
+    assert status == 1
+    assert verdicts(rows) == {"parameter.ds_secondary_tensor": "refused", "parameter.ds_numel": "honoured"}
+
+
 def test_a_name_is_an_engines_from_initialize_on(call):
     status, _, rows = call(
         "--script",
@@ -333,8 +350,9 @@ def test_a_framework_too_old_or_missing(call, monkeypatch):
 
 
 def test_a_place_that_transformers_5_has_no_more(call):
-    text = "from transformers.deepspeed import HfDeepSpeedConfig"
-    _, _, rows = call("--script", "train.py", train_py=text)
+    text = "from transformers import deepspeed\nfrom transformers.deepspeed import HfDeepSpeedConfig"
+    status, _, rows = call("--script", "train.py", train_py=text)
+    assert (status, rows["transformers.deepspeed"]["verdict"]) == (0, "warning")
     assert rows["transformers.deepspeed.HfDeepSpeedConfig"]["verdict"] == "warning"
     assert "import it from transformers.integrations" in rows["transformers.deepspeed.HfDeepSpeedConfig"]["note"]
 

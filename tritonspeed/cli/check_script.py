@@ -24,7 +24,17 @@ Verdict = Literal["refused", "warning", "inert", "honoured"]
 ORDER: tuple[Verdict, ...] = ("refused", "warning", "inert", "honoured")
 FRAMEWORKS = ("transformers", "accelerate", "trl", "peft", "lightning", "pytorch_lightning")
 NEEDS_FACADE = (*FRAMEWORKS, "deepspeed")
-WORDS = ("deepspeed", "DeepSpeed", "DS_", "tritonspeed", "CUDA_HOME", "TORCH_EXTENSIONS", "ds_report", *FRAMEWORKS)
+WORDS = (
+    "deepspeed",
+    "DeepSpeed",
+    "DS_",
+    ".ds_",
+    "tritonspeed",
+    "CUDA_HOME",
+    "TORCH_EXTENSIONS",
+    "ds_report",
+    *FRAMEWORKS,
+)
 """A file with none of these in it is passed over."""
 BUILDS = "nothing is compiled from C++ or CUDA: there is no build to steer"
 ENVIRONMENT = {
@@ -219,11 +229,17 @@ def _framework(use: Use) -> Iterator[Row]:
     top = use.name.split(".")[0]
     if top in FRAMEWORKS:
         yield _installed(top, use.guarded)
-    if top == "transformers" and use.name.rpartition(".")[2] in ("HfDeepSpeedConfig", "HfTrainerDeepSpeedConfig"):
+    reads = use.name.rpartition(".")[2] in ("HfDeepSpeedConfig", "HfTrainerDeepSpeedConfig")
+    if top == "transformers" and (reads or _is_old(use.name)):
         version = _neighbours()["transformers"].version
-        gone = use.name.startswith("transformers.deepspeed.") and version is not None and not version.startswith("4.")
+        gone = _is_old(use.name) and version is not None and not version.startswith("4.")
         note = OLD_PLACE.format(version) if gone else KEEP
-        yield Row(use.name, "warning" if gone and not use.guarded else "inert" if gone else "honoured", note)
+        if gone or reads:
+            yield Row(use.name, "warning" if gone and not use.guarded else "inert" if gone else "honoured", note)
+
+
+def _is_old(name: str) -> bool:
+    return f"{name}.".startswith("transformers.deepspeed.")
 
 
 @functools.cache

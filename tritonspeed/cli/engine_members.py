@@ -1,4 +1,4 @@
-"""Members of DeepSpeed's engine and of its optimizers that the ones here do not have, and what to use instead.
+"""Members of DeepSpeed's engine, optimizers and parameters that the ones here do not have, and what to use instead.
 
 What ours have is read from their sources, so that neither torch nor a model is needed to know it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 from tritonspeed.integrations.table import reasons
@@ -81,13 +82,25 @@ _OPTIMIZER: dict[str, str] = {
     "param_groups holds the rates": "get_lr set_lr",
     "engine.offload_states() and engine.reload_states()": "offload_states reload_states offloaded_states",
 }
+_PARAMETER: dict[str, str] = {
+    "there is no second copy within a node (hpZ is not built): ds_tensor is this rank's part": "ds_secondary_tensor"
+    " ds_secondary_tensor_group_size ds_secondary_tensor_num_of_groups",
+    "the ranks that share it are ds_process_group's": "ds_zero_param_process_group ds_zero_partition_rank"
+    " ds_zero_partition_world_size",
+    "fetching is the engine's own work": "ds_grads_remaining ds_inflight_param_registry ds_recompute_parameters"
+    " ds_model_granularity ds_numel_aligned",
+}
 
 
 def _by_member(table: dict[str, str]) -> dict[str, str]:
     return {name: note for note, names in table.items() for name in names.split()}
 
 
-ALTERNATIVES = {"engine": _by_member(_ENGINE), "optimizer": _by_member(_OPTIMIZER)}
+ALTERNATIVES = {
+    "engine": _by_member(_ENGINE),
+    "optimizer": _by_member(_OPTIMIZER),
+    "parameter": _by_member(_PARAMETER),
+}
 """Kind of object → member of DeepSpeed's → what to use instead."""
 
 
@@ -97,7 +110,10 @@ PLAUSIBLE = {"losses", "num_experts", "has_moe_layers", "moe_layers", "gate_modu
 
 @functools.cache
 def members_here(kind: str) -> frozenset[str]:
-    """Names that the engine here, or its optimizer, has of its own."""
+    """Names that the engine here, its optimizer or a sharded parameter has of its own."""
+    if kind == "parameter":
+        text = (PACKAGE / "integrations" / "parameters.py").read_text(encoding="utf-8")
+        return frozenset(re.findall(r'"(ds_\w+)"', text))
     folder, start = (PACKAGE / "engine", "Engine") if kind == "engine" else (PACKAGE / "zero", "ZeroOptimizer")
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
     classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tritonspeed.cli.script_files import Source
 
-Kind = Literal["name", "engine", "optimizer", "import", "config", "environment", "command", "argument"]
+Kind = Literal["name", "engine", "optimizer", "parameter", "import", "config", "environment", "command", "argument"]
 ENGINES = {"engine", "model_engine", "ds_engine", "deepspeed_engine"}
 """Names that people give an engine which came from another function."""
 RETURNED: tuple[Kind, ...] = ("engine", "optimizer")
@@ -27,8 +27,9 @@ class Use:
     """One thing that a line does.
 
     Attributes:
-        kind: a name of deepspeed; a member of an engine or of its optimizer; a module imported at all; a config; an
-            environment variable that is set; a command that is started; an argument of ``initialize``.
+        kind: a name of deepspeed; a member of an engine, of its optimizer or of a sharded parameter; a module imported
+            at all; a config; an environment variable that is set; a command that is started; an argument of
+            ``initialize``.
         name: the name, in full.
         line: where.
         needed: used for more than ``isinstance``, an annotation or an import.
@@ -167,6 +168,8 @@ class Reader:
             kind = self.members.get(key)
             if kind is not None and node.lineno >= self.since.get((key, self._scope(node)), 0):
                 self._add(kind, node.attr, node)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.attr.startswith("ds_"):
+            self._add("parameter", node.attr, node)
         if isinstance(parent, ast.Attribute) and parent.value is node:
             return  # the longer name is looked at
         is_getattr = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"
