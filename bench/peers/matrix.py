@@ -129,7 +129,7 @@ def cases_of(name: str, text: str) -> list[Case]:
 def without_cpu(case: Case) -> tuple[str, ...]:
     """Accelerate 0.34 takes a word on the CPU for DDP, whatever else is asked: DeepSpeed is for GPUs there."""
     kept = tuple(each for each in case.arguments if each != "--cpu")
-    return (*kept, "--use_cpu=False") if case.name.startswith("trainer_") else kept
+    return (*kept, "--use_cpu=False") if case.name.startswith(("trainer_", "peft_lora")) else kept
 
 
 def ddp_of(case: Case) -> Case:

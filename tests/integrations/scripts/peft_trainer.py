@@ -46,13 +46,13 @@ def make(args: Any, settings: TrainingArguments) -> Any:
 
 def main() -> None:
     """Train; or, with --resume, train on from the checkpoint of a run before, in a process of its own."""
-    parser = arguments(method="lora", pretrained=False, checkpointing="", input_grads=False, resume="")
+    parser = arguments(method="lora", pretrained=False, checkpointing="", input_grads=False, resume="", use_cpu="True")
     args = parser.parse_args()
     deepspeed.init_distributed("gloo")  # real DeepSpeed's zero.Init counts one rank where it has not started them
     settings = TrainingArguments(
         output_dir=args.out,
         deepspeed=args.deepspeed,
-        use_cpu=True,
+        use_cpu=args.use_cpu == "True",
         max_steps=STEPS,
         per_device_train_batch_size=2,
         gradient_checkpointing=bool(args.checkpointing),
