@@ -1,13 +1,15 @@
 """Configs as other projects publish them, where they lie beside the checkout: every one is read and answered.
 
-They are not part of this repository; `test_config_shapes` has the same shapes, written anew.
+They are not part of this repository; `fifty/` has the same facts, written anew, and is held to them here.
 """
 
 from pathlib import Path
 
 import pytest
+from fifty_configs import FOLDER as FIFTY
 
 from tritonspeed.config import ModelFacts, load
+from tritonspeed.config.read import read
 
 FOLDER = Path(__file__).parents[3] / "shared" / "configs"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -30,3 +32,17 @@ def test_published_configs_are_refused_for_tensor_parallelism_only():
 
 BLOCKS = ("offload_optimizer", "offload_param")
 OFFLOADS = ("axolotl-zero2.json", "axolotl-zero2_torch_compile.json", "llama-factory-ds_z3_fp8_config.json")
+
+
+def name_in_fifty(path):
+    name = path.stem.replace("_config", "").replace("zero_stage", "zero").replace("ds_z", "zero").replace("_", "-")
+    return FIFTY / f"{name}.json"
+
+
+@pytest.mark.skipif(not FILES, reason="no ../shared/configs beside the checkout")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_same_facts_are_in_fifty(path):
+    def facts(tree):
+        return {name: value for name, value in tree.items() if not name.startswith("_")}
+
+    assert facts(read(name_in_fifty(path))) == facts(read(path))
