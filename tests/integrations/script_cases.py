@@ -307,4 +307,21 @@ LIGHTNING = [
     lightning("fabric-stage2", "fabric_loop", {**_FABRIC, "zero_optimization": sharded(2)}),
     lightning("fabric-stage3", "fabric_loop", {**_FABRIC, "zero_optimization": sharded(3)}),
 ]
-CASES = [*RAW, *LIGHTNING, *PEFT, *MONITORED, *RESUMED, *ACCELERATE, *TRAINER]
+
+
+def trl(name: str, *arguments: str, script: str = "", **more: Any) -> Case:
+    """A run of one of TRL's trainers: "sft-stage3"."""
+    trainer, stage = name.split("-stage")
+    return Case(f"trl_{name}", f"trl_{script or trainer}.py", zero(int(stage)), arguments, **more)
+
+
+_IN_FLIGHT = "with ds3_gather_for_generation=False, DeepSpeed 0.19.8 stops: Cannot partition a param in flight"
+TRL = [
+    *[trl(f"{name}-stage{stage}") for name in ("sft", "reward", "dpo", "kto") for stage in (2, 3)],
+    *[trl(f"grpo-stage{stage}", "--whole", script="online") for stage in (2, 3)],
+    *[trl(f"rloo-stage{stage}", "--whole", "--algorithm=RLOO", script="online") for stage in (2, 3)],
+    trl("sft-lora-stage3", "--lora", script="sft"),
+    trl("dpo-asked-once-stage3", "--precompute", script="dpo"),
+    trl("grpo-in-parts-stage3", script="online", no_peer=_IN_FLIGHT),
+]
+CASES = [*TRL, *RAW, *LIGHTNING, *PEFT, *MONITORED, *RESUMED, *ACCELERATE, *TRAINER]

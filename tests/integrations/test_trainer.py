@@ -29,7 +29,10 @@ def with_arguments(case: Case, *arguments: str, **changes) -> Case:
     return dataclasses.replace(case, arguments=(*case.arguments, *arguments), **changes)
 
 
-@pytest.mark.parametrize("case", [c for c in TRAINER if "pretrained" not in c.name], ids=lambda case: case.name)
+_ELSEWHERE = ("trainer_pretrained-mixtral", "trainer_pretrained-gpt2", "trainer_stage3-linear")  # below, with more
+
+
+@pytest.mark.parametrize("case", [c for c in TRAINER if c.name not in _ELSEWHERE], ids=lambda case: case.name)
 def test_trainer_has_deepspeeds_numbers(case, as_recorded):
     as_recorded(case)
 
@@ -37,16 +40,39 @@ def test_trainer_has_deepspeeds_numbers(case, as_recorded):
 # from_pretrained
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
 def test_a_pretrained_model_is_never_whole_on_a_rank(family, as_recorded):
-    """Weights that the checkpoint lacks, tied ones and resized ones included; and it can be resized once more after
-    training, which real DeepSpeed does not survive."""
+    """Weights that the checkpoint lacks, keeps as one per expert, ties or resizes included; and it can be resized once
+    more after training, which real DeepSpeed does not survive."""
+    from transformers import AutoModelForCausalLM
+
     record = as_recorded(with_arguments(CASES[f"pretrained-{family}"], "--resize_again"))
     assert record["metrics"]["again"] == [1, 4, 80]
     held = {rank: int(own) for rank, own in re.findall(r"rank (\d) holds (\d+) bytes", record["output"])}
     whole = 4 * record["metrics"]["whole"]
     assert sorted(held) == ["0", "1"] and max(held.values()) < 0.6 * whole, (held, whole)  # pages of 4 KiB are not cut
     assert whole <= sum(held.values()) < 1.01 * whole, (held, whole)
+    final = Path(record["out"]) / "final"
+    model, found = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert model.get_input_embeddings().weight.shape == (72, 64)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (family == "gpt2")
+
+
+def test_compiled_and_saved_for_from_pretrained(as_recorded):
+    """--torch_compile: the same numbers, and names that nobody has prefixed; --save_only_model: no shards."""
+    case = with_arguments(
+        CASES["stage3-linear"],
+        *("--torch_compile", "--torch_compile_backend=eager", "--save_strategy=steps", "--save_steps=5"),
+        "--save_only_model",
+    )
+    saved = Path(as_recorded(case)["out"]) / "checkpoint-5"
+    assert not list(saved.glob("global_step*"))
+    from transformers import LlamaForCausalLM
+
+    _, found = LlamaForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
 
 
 # save and resume
