@@ -2,7 +2,7 @@
 
     python -m bench.peers.matrix --folder VENVS --make          make the environments that are not there
     python -m bench.peers.matrix --folder VENVS --out FOLDER    run the scripts in all of them, write the table
-    ... --only accelerate-0 --cases lora                        environments and cases that have this in their names
+    ... --only accelerate --cases lora                          environments and cases that have this in their names
     python -m bench.peers.matrix --record                       write the records of Lightning's DDP for the tests
 
 Each environment has this checkout, torch and numpy as constraints.txt pins them, and the versions below. A case's
@@ -277,7 +277,7 @@ def main() -> int:
         parser.error("--folder says where the environments are")
     args.folder.mkdir(parents=True, exist_ok=True)
     failed = False
-    for name in [name for name in ENVIRONMENTS if args.only in name]:
+    for name in [args.only] if args.only in ENVIRONMENTS else [name for name in ENVIRONMENTS if args.only in name]:
         python = make(args.folder, name)
         if not args.make:
             outcomes = run_in(python, name, args.cases)
