@@ -192,10 +192,13 @@ def _draw_memory(axes: Axes, each: Recorded) -> None:
         total = [sum(column) for column in zip(*stacked, strict=True)]
         at = max(range(len(total)), key=total.__getitem__)
         axes.plot(times, total, drawstyle="steps-post", color=INK, linewidth=0.7)
+        is_late = times[at] - times[0] > 0.7 * (times[-1] - times[0])  # its words would leave the picture
         axes.annotate(
-            *(f"{total[at]:,.1f} MiB at most", (times[at], total[at])),
-            xytext=(6, 4),
+            f"{total[at]:,.1f} MiB at most",
+            (times[at], total[at]),
+            xytext=(-6 if is_late else 6, 4),
             textcoords="offset points",
+            ha="right" if is_late else "left",
             weight="bold",
             annotation_clip=False,
         )
