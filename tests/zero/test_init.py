@@ -316,3 +316,20 @@ def tied_and_written_late() -> None:
 
 def test_a_tied_weight_is_written_through_either_name(ranks: Any) -> None:
     ranks(2, tied_and_written_late)
+
+
+def written_through_its_state_dict() -> None:
+    """As transformers 4 initialises what a checkpoint lacks: it gathers the tensors of a state dict."""
+    with ts.zero.Init():
+        model = Net()
+    head = [tensor for name, tensor in model.state_dict().items() if name.startswith("head.")]
+    others = [torch.ones(3), torch.tensor(1.0), torch.empty(2, device="meta"), nn.Parameter(torch.ones(1))]
+    with ts.zero.GatheredParameters([*others, *head], modifier_rank=0):
+        assert group_of(model.norm.weight) is not None and model.norm.weight.isnan().all()
+        nn.init.constant_(model.head.weight, 2.0 + dist.get_rank())
+    with ts.zero.GatheredParameters(model.parameters()):
+        assert (model.head.weight == 2).all() and not model.norm.weight.isnan().any()
+
+
+def test_what_a_state_dict_shows_stands_for_its_parameters(ranks: Any) -> None:
+    ranks(2, written_through_its_state_dict)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonspeed import comm
-from tritonspeed.zero.group import Group, group_of, groups_of, place_of
+from tritonspeed.zero.group import Group, behind_placeholder, group_of, groups_of, place_of
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> its version when a context last kept its changes
 
@@ -39,7 +39,8 @@ class GatheredParameters:
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        items = [params] if isinstance(params, torch.Tensor) else [p for p in params if p is not None]
+        given = [params] if isinstance(params, torch.Tensor) else [p for p in params if p is not None]
+        items = [q for p in given for q in ([p] if group_of(p) is not None else behind_placeholder(p))]
         self.params = list({id(p): p for p in items}.values()) if enabled else []
         self.modifier_rank = modifier_rank
         self._groups: list[Group] = []

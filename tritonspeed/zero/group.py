@@ -103,6 +103,26 @@ def group_of(p: torch.Tensor) -> Group | None:
     return found[0]() if found else None
 
 
+def behind_placeholder(t: torch.Tensor) -> list[Parameter]:
+    """The parameters that a placeholder without its Parameter stands for: the whole bucket's, which share its memory.
+
+    ``state_dict()`` of a model that zero.Init has built gives such tensors; transformers 4 gathers what is in it.
+    """
+    if type(t) is not torch.Tensor or t.layout != torch.strided or t.device.type == "meta":
+        return []
+    if t.untyped_storage().nbytes() != t.element_size():
+        return []
+    wanted, seen = t.untyped_storage().data_ptr(), set()
+    for _, of_bucket, _ in list(_group_of.values()):
+        bucket = of_bucket()
+        if bucket is None or id(bucket) in seen or bucket.state is not ShardState.SHARDED:
+            continue
+        seen.add(id(bucket))
+        if bucket.parameters and bucket.parameters[0].data.untyped_storage().data_ptr() == wanted:
+            return list(bucket.parameters)
+    return []
+
+
 def place_of(p: torch.Tensor) -> tuple[Group, Bucket, int]:
     """p's unit, bucket, and number in the bucket.
 
