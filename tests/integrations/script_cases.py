@@ -224,7 +224,6 @@ PEFT = [
     peft("lora-stage2", zero(2), "--checkpointing=reentrant", "--input_grads"),
     peft("lora-stage3", zero(3), "--pretrained", "--checkpointing=plain"),
     peft("head-stage3", zero(3), "--method=head", "--pretrained", "--checkpointing=reentrant", "--input_grads"),
-    peft("dora-stage3", zero(3), "--method=dora"),
     peft("adalora-stage2", _loop(2), script="loop"),
     peft("prompt-stage3", _loop(3), "--method=prompt", script="loop"),
 ]

@@ -17,13 +17,14 @@ from script_runs import OFFLINE, TIMEOUT_S, differences, run_case
 
 from tritonspeed.integrations.finder import path_variables
 
-LOOPS = [case for case in ACCELERATE if case.script == "accelerate_loop.py" and not case.no_peer]
+LAUNCHED = ("accelerate_loop-stage0", "accelerate_loop-stage3")  # these run under `accelerate launch` alone
+ALONE = [c for c in ACCELERATE if c.script == "accelerate_loop.py" and not c.no_peer and c.name not in LAUNCHED]
 OVERFLOW = next(case for case in ACCELERATE if case.no_peer)
 SEVERAL = [case for case in ACCELERATE if case.script == "accelerate_models.py"]
 AsRecorded = Callable[[Case], dict[str, Any]]
 
 
-@pytest.mark.parametrize("case", LOOPS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALONE, ids=lambda case: case.name)
 def test_a_loop_of_ones_own_has_deepspeeds_numbers(case: Case, as_recorded: AsRecorded) -> None:
     """It resumes to the bit, and exports its weights in every way, in the same run."""
     as_recorded(case)
@@ -46,37 +47,36 @@ def test_a_step_that_overflows_is_skipped_and_said(tmp_path: Path) -> None:
     assert all(0.7 < row["grad_norm"] < 0.9 for row in rows[3:]), "unscaled"
 
 
-def launched(folder: Path, *flags: str) -> dict[str, Any]:
-    """accelerate_loop.py under `accelerate launch --use_deepspeed`: nothing says `cpu`, and two ranks find each other."""
+def launched(folder: Path, case: Case, *flags: str) -> list[str]:
+    """What a loop under `accelerate launch` has otherwise than real DeepSpeed, which was told `--cpu`:
+    here nothing says so, and the ranks find each other."""
     out = folder / "out"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--main_process_port", "0", *flags]
-    command += [str(SCRIPTS / "accelerate_loop.py"), "--out", str(out)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *flags]
+    arguments = [each for each in case.arguments if each != "--cpu"]
+    command += [str(SCRIPTS / case.script), "--out", str(out), *arguments]
     env = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env.update(path_variables(env))
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, cwd=folder)
     assert done.returncode == 0, f"{' '.join(command)}\n{(done.stdout + done.stderr)[-6000:]}"
-    return json.loads((out / "record.json").read_text())
-
-
-def recorded(name: str) -> tuple[Case, dict[str, Any]]:
-    """A case, and what real DeepSpeed had for it."""
-    case = next(each for each in ACCELERATE if each.name == name)
-    return case, json.loads((RECORDED / f"{name}.json").read_text())
+    record = json.loads((out / "record.json").read_text())
+    return differences(case, record, json.loads((RECORDED / f"{case.name}.json").read_text()))
 
 
 def test_accelerate_launch_with_flags(tmp_path: Path) -> None:
-    case, theirs = recorded("accelerate_loop-stage3")
-    flags = ("--zero_stage", "3", "--zero3_init_flag", "true", "--zero3_save_16bit_model", "true")
-    found = differences(
-        case, launched(tmp_path, *flags, "--gradient_clipping", "1.0", "--mixed_precision", "no"), theirs
-    )
+    case = next(each for each in ACCELERATE if each.name == LAUNCHED[1])
+    ranks = ("--use_deepspeed", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    stage = ("--zero_stage", "3", "--zero3_init_flag", "true", "--zero3_save_16bit_model", "true")
+    found = launched(tmp_path, case, *ranks, *stage, "--gradient_clipping", "1.0")
     assert not found, "\n".join(found)
 
 
 def test_accelerate_launch_with_a_config_file(tmp_path: Path) -> None:
-    case, theirs = recorded("accelerate_loop-stage0")
-    config = tmp_path / "ds_config.json"
+    """As `accelerate config` writes it, with a ds_config.json named in it."""
+    case = next(each for each in ACCELERATE if each.name == LAUNCHED[0])
+    config, settings = tmp_path / "ds_config.json", tmp_path / "default_config.yaml"
     config.write_text(json.dumps(case.config))
-    found = differences(case, launched(tmp_path, "--deepspeed_config_file", str(config)), theirs)
+    deepspeed = {"deepspeed_config_file": str(config), "zero3_init_flag": False}
+    answers = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}
+    settings.write_text(json.dumps({**answers, "num_machines": 1, "num_processes": 2}))
+    found = launched(tmp_path, case, "--config_file", str(settings))
     assert not found, "\n".join(found)

@@ -76,7 +76,7 @@ class Run:
 
     def epoch(self) -> list[dict[str, float]]:
         """One row per update."""
-        rows, losses = [], []
+        rows, losses, norm = [], [], None
         self.model.train()
         for batch in self.train_data:
             with self.accelerator.accumulate(self.model):

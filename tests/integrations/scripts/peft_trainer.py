@@ -23,10 +23,8 @@ def adapter(method: str) -> Any:
     """The adapter's config."""
     if method == "lora":
         return LoraConfig(**LORA, target_modules=TARGETS)
-    if method == "head":  # with a whole layer and an embedding beside the adapters
-        return LoraConfig(**LORA, target_modules=TARGETS, modules_to_save=["lm_head", "embed_tokens"])
-    if method == "dora":  # whose norms need whole base weights
-        return LoraConfig(**LORA, target_modules=TARGETS, use_dora=True)
+    if method == "head":  # DoRA, whose norms need whole base weights; a layer and an embedding trained beside it
+        return LoraConfig(**LORA, target_modules=TARGETS, use_dora=True, modules_to_save=["lm_head", "embed_tokens"])
     raise ValueError(f"--method {method}")
 
 
