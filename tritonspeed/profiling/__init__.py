@@ -5,6 +5,9 @@
 ``comms``      the table of ``comms_logger``
 ``recorded``, ``trace``, ``chrome``, ``timeline``   a trace of a few steps: its data, its recording, its two pictures
 ``watch``      the listeners of one engine
+``flops_formulas``, ``flops_count``, ``flops_table``   operations of a call; of every module; as values and a table
+``flops_step``, ``flops_profiler``   the ``flops_profiler`` block; DeepSpeed's FlopsProfiler and get_model_profile
+``throughput``, ``reduce_time``      the line of every ``steps_per_print``; what backward waited for gradients
 """
 
 from tritonspeed.profiling.breakdown import StepTimes
