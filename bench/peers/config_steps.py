@@ -127,7 +127,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Three steps under each config, by DeepSpeed and by tritonspeed",
         "",
         f"{same} of {ran} files that both run on a CPU give the same losses and gradient norms: to 4 decimals in fp32,",
-        "to 2 in bf16, where an ulp of a master tips a weight's rounding. All figures are in the JSON beside this page.",
+        "to 2 in bf16, where an ulp of a master tips a weight's rounding. All figures: in the JSON beside this page.",
         "",
         "| file | precision | largest difference | |",
         "|---|---|---|---|",
