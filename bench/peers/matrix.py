@@ -92,7 +92,7 @@ def make(folder: Path, name: str) -> Path:
     constraints.write_text("\n".join(line for line in lines if line.partition("==")[0] in PINNED) + "\n")
     wanted = [f"{package}=={version}" for package, version in ENVIRONMENTS[name].items()]
     install = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
-    subprocess.run([*install, "-e", str(ROOT), "tensorboard", "setuptools<81", *wanted], check=True)
+    subprocess.run([*install, "-e", str(ROOT), "tensorboard", "requests", "setuptools<81", *wanted], check=True)
     done.touch()
     return python
 
