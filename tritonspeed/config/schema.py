@@ -115,9 +115,7 @@ class Knobs:
     data_parallel_size: int | None = key(None, "must equal the world size, as no other axis is built", low=1)
 
     tensor_parallel: TensorParallel = block(TensorParallel, "tensor parallelism")
-    expert_parallel: dict[str, Any] = key(
-        {}, "expert parallelism", inert=OFF, refuse=FEATURE_GATES["expert_parallel"]
-    )
+    expert_parallel: dict[str, Any] = key({}, "expert parallelism", inert=OFF, refuse=FEATURE_GATES["expert_parallel"])
     hybrid_engine: HybridEngine = block(HybridEngine, "training and generation")
     activation_checkpointing: ActivationCheckpointing = block(
         ActivationCheckpointing, "DeepSpeed's checkpoint function"
