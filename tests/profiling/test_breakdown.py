@@ -126,3 +126,21 @@ def test_a_listener_goes_with_its_engine():
     del engine
     gc.collect()
     assert not spans.on
+
+
+def test_a_model_that_is_sharded_anew_is_told_of_once():
+    config = settings(3, wall_clock_breakdown=True, steps_per_print=1)
+    model = Net()
+    first = make(config, model)
+    train(first, 1)
+    again = make(config, model)
+    train(again, 2, first=1)
+    times = again.last_times
+    assert times is not None
+    for unit in times.units:
+        assert (times.counts[unit, "forward"], times.counts[unit, "backward"]) == (1, 1), unit
+    assert first.last_times is not None and first.last_times.counts["root", "forward"] == 1
+    for engine in (again, first):
+        engine._watch.close()
+    assert not again.mesh.spans.on
+    again.destroy()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from tritonspeed.zero import ShardedModel
 from tritonspeed.zero.guard import ModuleHook
 from tritonspeed.zero.hooks import in_backward
 from tritonspeed.zero.tree import tensors_in
+
+_on_model: WeakKeyDictionary[nn.Module, ReferenceType[UnitTimes]] = WeakKeyDictionary()  # whose hooks a model has
 
 
 class UnitTimes:
@@ -38,6 +41,10 @@ class UnitTimes:
         self._backwards: list[tuple[nn.Module, Span]] = []  # open ones, each inside the one before
         self._inside: dict[nn.Module, set[nn.Module]] = {}
         self._handles: list[RemovableHandle] = []
+        earlier = _on_model.get(sharded.model)
+        if earlier is not None and (other := earlier()) is not None:
+            other.remove()  # the model was sharded anew, by another engine: units would be told of twice
+        _on_model[sharded.model] = ref(self)
         for group in sharded.groups:
             parts = {part for module in group.modules for part in module.modules() if part is not module}
             for module in group.modules:
