@@ -105,3 +105,11 @@ def test_the_world_size_is_what_three_numbers_imply(check):
 def test_a_world_of_no_ranks_is_refused(check):
     with pytest.raises(ValueError, match="--world 0 must be at least 1"):
         check(PASSES, "--world", "0")
+
+
+def test_the_new_name_of_an_old_key_is_never_cut(check):
+    zero = {"stage": 3, "cpu_offload": True, "stage3_gather_fp16_weights_on_model_save": True}
+    _, out, _ = check({"train_batch_size": 8, "zero_optimization": zero})
+    assert "zero_optimization.offload_optimizer.device:" in out
+    assert "zero_optimization.gather_16bit_weights_on_model_save:" in out
+    assert "…" not in out

@@ -24,6 +24,8 @@ from tritonspeed.config import Answer, Config, ConfigWarning, ModelFacts, load
 STYLES = {"refused": "bold red", "mapped": "cyan", "inert": "dim", "honoured": "green"}
 WIDTH_OF_A_PIPE = 160  # columns where the output is no terminal: a table folded at 80 cannot be read
 
+LONGEST_KEY = 54  # a note may begin with a key's new name, which must not be cut
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `check`."""
@@ -114,7 +116,7 @@ def _print_table(config: _Checked, console: Console) -> None:
     table.add_column("given", overflow="fold")
     table.add_column("resolved", overflow="fold")
     table.add_column("verdict", no_wrap=True)
-    table.add_column("what it does here")
+    table.add_column("what it does here", overflow="fold", min_width=LONGEST_KEY if console.width >= 150 else None)
     for each in config.answers:
         values = [Text(_cut(_show(value), 24)) for value in (each.given, each.resolved)]
         table.add_row(Text(each.key), *values, Text(each.verdict, style=STYLES[each.verdict]), Text(each.note))
