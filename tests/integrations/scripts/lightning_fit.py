@@ -90,7 +90,7 @@ def trainer(max_steps: int, **more: Any) -> Any:
 
 train, valid, test = loader(1, 64), loader(2, 8), loader(3, 8)
 half, whole, file = (str(Path(args.out) / name) for name in ("half.ckpt", "whole.ckpt", "whole.pt"))
-before, module = Module(), Module(seed=1)  # other weights, until the checkpoint is loaded
+before, module = Module(build=args.ddp), Module(seed=1, build=args.ddp)  # other weights, until the checkpoint is loaded
 first = trainer(args.steps // 2)
 first.fit(before, train)
 first.save_checkpoint(half)
