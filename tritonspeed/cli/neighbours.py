@@ -12,7 +12,7 @@ from tritonspeed.integrations import finder
 TRIED: dict[str, tuple[str, str]] = {
     "transformers": ("4.51.3", "5.23.0"),
     "accelerate": ("0.34.2", "1.15.0"),
-    "trl": ("0.24.0", "1.16.0"),
+    "trl": ("0.28.0", "1.16.0"),
     "peft": ("0.15.2", "0.21.2"),
     "datasets": ("5.2.0", "5.2.0"),
     "lightning": ("2.0.9", "2.6.6"),
