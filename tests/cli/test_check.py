@@ -112,4 +112,4 @@ def test_the_new_name_of_an_old_key_is_never_cut(check):
     _, out, _ = check({"train_batch_size": 8, "zero_optimization": zero})
     assert "zero_optimization.offload_optimizer.device:" in out
     assert "zero_optimization.gather_16bit_weights_on_model_save:" in out
-    assert "…" not in out
+    assert not [line for line in out.splitlines() if "│" in line and "…" in line]

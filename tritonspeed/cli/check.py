@@ -24,7 +24,8 @@ from tritonspeed.config import Answer, Config, ConfigWarning, ModelFacts, load
 STYLES = {"refused": "bold red", "mapped": "cyan", "inert": "dim", "honoured": "green"}
 WIDTH_OF_A_PIPE = 160  # columns where the output is no terminal: a table folded at 80 cannot be read
 
-LONGEST_KEY = 54  # a note may begin with a key's new name, which must not be cut
+LONGEST_KEY = 53  # columns: a note may begin with a key's new name, which is to stand on one line of a pipe's table
+MOST_OF_A_VALUE = 13
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,11 +113,11 @@ def _print(config: _Checked, scripts: ScriptReport | None) -> None:
 def _print_table(config: _Checked, console: Console) -> None:
     ranks = f"{config.world_size} rank{'s' if config.world_size > 1 else ''}"
     table = Table(title=f"{_cut(config.name or '')} on {ranks}", title_justify="left")
-    table.add_column("key", no_wrap=console.width >= 120, overflow="fold")
-    table.add_column("given", overflow="fold")
-    table.add_column("resolved", overflow="fold")
+    table.add_column("key", overflow="fold", max_width=LONGEST_KEY)
+    table.add_column("given", overflow="fold", max_width=MOST_OF_A_VALUE)
+    table.add_column("resolved", overflow="fold", max_width=MOST_OF_A_VALUE)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("what it does here", overflow="fold", min_width=LONGEST_KEY if console.width >= 150 else None)
+    table.add_column("what it does here", overflow="fold")
     for each in config.answers:
         values = [Text(_cut(_show(value), 24)) for value in (each.given, each.resolved)]
         table.add_row(Text(each.key), *values, Text(each.verdict, style=STYLES[each.verdict]), Text(each.note))
