@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from script_cases import PEFT, Case
 from script_runs import run_case
 
@@ -17,7 +18,18 @@ RESUMED = "peft_lora-stage3"
 
 @pytest.mark.parametrize("case", [case for case in PEFT if case.name != RESUMED], ids=lambda case: case.name)
 def test_adapters_have_deepspeeds_numbers(case: Case, as_recorded: AsRecorded) -> None:
-    as_recorded(case)
+    record = as_recorded(case)
+    if case.script == "peft_loop.py":  # saved with exclude_frozen_parameters
+        names = {name for file in Path(record["out"], "two").rglob("*.safetensors") for name in names_in(file)}
+        weights = {name for name in names if not name.startswith(("__pad__", "state["))}
+        frozen = {name for name in weights if "lora_" not in name and "prompt_encoder" not in name}
+        assert weights and not frozen, f"frozen, and in the checkpoint: {sorted(frozen)}"
+
+
+def names_in(file: Path) -> list[str]:
+    """What a safetensors file holds."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def test_a_run_is_resumed_from_its_adapters(as_recorded: AsRecorded, tmp_path: Path) -> None:
