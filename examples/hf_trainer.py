@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 LENGTH = 128  # bytes of a sample
@@ -24,12 +25,20 @@ class Model:
     num_layers: int = 4
 
 
-def samples(files: list[Path]) -> list[dict[str, torch.Tensor]]:
-    """(LENGTH,) bytes each; Trainer's default collator stacks them."""
-    text = bytearray(b"\n".join(path.read_bytes() for path in files))
-    tokens = torch.frombuffer(text, dtype=torch.uint8).long()
-    rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    return [{"input_ids": row, "labels": row} for row in rows]
+class Text(Dataset):
+    """(LENGTH,) bytes a sample; Trainer's default collator stacks them."""
+
+    def __init__(self, files: list[Path]) -> None:
+        text = bytearray(b"\n".join(path.read_bytes() for path in files))
+        tokens = torch.frombuffer(text, dtype=torch.uint8)
+        self.rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.rows[index].long()
+        return {"input_ids": row, "labels": row}
 
 
 size, settings = HfArgumentParser((Model, TrainingArguments)).parse_args_into_dataclasses()
@@ -44,17 +53,13 @@ config = LlamaConfig(
     num_key_value_heads=max(1, size.hidden_size // 32),
     max_position_embeddings=2 * LENGTH,
 )
-trainer = Trainer(
-    model=LlamaForCausalLM(config),
-    args=settings,
-    train_dataset=samples(files[8:]),
-    eval_dataset=samples(files[:8])[:512],
-)
+model = LlamaForCausalLM(config)
+trainer = Trainer(model=model, args=settings, train_dataset=Text(files[8:]), eval_dataset=Text(files[:4]))
 trainer.train()
 print(trainer.evaluate())
 trainer.save_model()  # stage 3 gathers; from_pretrained opens it
 
-prompt = torch.tensor([list(b"def ")], device=trainer.model.device)
-written = trainer.model.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0)  # every rank takes part
+prompt = torch.tensor([list(b"def ")], device=model.device)
+written = model.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0)  # every rank takes part
 if settings.process_index == 0:
     print(bytes(written[0].tolist()).decode(errors="replace"))

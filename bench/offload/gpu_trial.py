@@ -180,8 +180,8 @@ def run(trial: Trial) -> dict[str, Any]:
     if trial.trace is not None:
         homes.offload = replace(homes.offload, overlap=trial.overlaps[0])
         facts["trace"] = _trace(trial, rows, engine, Path(trial.trace))
-    assert engine.optimizer is not None, "the config has an optimizer"
-    engine.optimizer.late.finish()
+    assert engine.sharded.stepper is not None, "the config has an optimizer"
+    engine.sharded.stepper.late.finish()
     facts["host_bytes"] = engine.sharded.ledger.host.total_bytes
     facts["resident_peak_bytes"] = _resident_peak_bytes()
     facts["machine"] = asdict(machine)
