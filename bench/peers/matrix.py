@@ -101,7 +101,7 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     "": ("raw_gpt-stage3",),
     "transformers": (
         *("trainer_stage3-linear", "trainer_stage2-decay", "trainer_stage3-gpt2", "trainer_seq2seq-t5"),
-        *("trainer_save-stage3", "trainer_pretrained-llama", "trainer_stage3-mixtral"),
+        *("trainer_save-stage3", "trainer_pretrained-gpt2", "trainer_stage3-mixtral"),
     ),
     "accelerate": ("accelerate_loop-stage3", "accelerate_models-3-0-3"),
     "peft": ("peft_lora-stage3",),
