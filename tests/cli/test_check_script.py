@@ -438,3 +438,15 @@ def test_what_is_read_of_our_engine_is_true():
     assert {"backward", "step", "save_checkpoint", "get_global_grad_norm", "no_sync"} <= methods
     own = {name for name in vars(ZeroOptimizer) if not name.startswith("__")}
     assert own - members_here("optimizer") <= {"_abc_impl"}
+
+
+def test_what_hugging_face_fills_in_is_not_resolved_without_it(tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}')
+    script = tmp_path / "train.py"
+    for text, resolved in (("from transformers import Trainer", "auto"), ("import deepspeed", 1.0)):
+        script.write_text(text)
+        main(["check", str(tmp_path / "ds.json"), "--script", str(script), "--json"])
+        answers = {each["key"]: each for each in json.loads(capsys.readouterr().out)["answers"]}
+        assert answers["gradient_clipping"]["resolved"] == resolved
+        assert ("Hugging Face" in answers["gradient_clipping"]["note"]) == (resolved == "auto")
+        assert answers["zero_optimization.stage"]["resolved"] == 2

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from rich.text import Text
 from tritonspeed.cli.check_script import ScriptReport, check_scripts
 from tritonspeed.cli.script_table import print_scripts, script_facts
 from tritonspeed.config import Answer, Config, ConfigWarning, ModelFacts, load
+from tritonspeed.config.keys import AUTO
 
 STYLES = {"refused": "bold red", "mapped": "cyan", "inert": "dim", "honoured": "green"}
 WIDTH_OF_A_PIPE = 160  # columns where the output is no terminal: a table folded at 80 cannot be read
 
+FILL_AUTO = {"transformers", "trl"}  # their TrainingArguments take the place of "auto" before the config gets here
 LONGEST_KEY = 53  # columns: a note may begin with a key's new name, which is to stand on one line of a pipe's table
 MOST_OF_A_VALUE = 13
 
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--world {args.world} must be at least 1")
     scripts = check_scripts(Path(path) for path in args.script) if args.script else None
     config = _check_config(args)
+    if scripts is not None and FILL_AUTO & {row.name for row in scripts.rows}:
+        config.answers = [_filled_before(each) for each in config.answers]
     if args.json:
         _print_json(config, scripts)
     else:
@@ -95,6 +99,13 @@ def _answers(config: Config, world_size: int, hidden_size: int | None) -> tuple[
     except ValueError as error:
         errors.append(str(error))
     return sorted(config.answers(), key=lambda each: each.verdict != "refused"), errors
+
+
+def _filled_before(each: Answer) -> Answer:
+    """The row of a key that Hugging Face fills in: what it would be without is of no interest."""
+    if each.given != AUTO or each.verdict == "refused":
+        return each
+    return replace(each, resolved=AUTO, note="Hugging Face fills it in, from TrainingArguments and the model")
 
 
 def _print(config: _Checked, scripts: ScriptReport | None) -> None:
