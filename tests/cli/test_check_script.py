@@ -441,7 +441,9 @@ def test_what_is_read_of_our_engine_is_true():
 
 
 def test_what_hugging_face_fills_in_is_not_resolved_without_it(tmp_path, capsys):
-    (tmp_path / "ds.json").write_text('{"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}')
+    (tmp_path / "ds.json").write_text(
+        '{"train_batch_size": 1, "gradient_clipping": "auto", "zero_optimization": {"stage": 2}}'
+    )
     script = tmp_path / "train.py"
     for text, resolved in (("from transformers import Trainer", "auto"), ("import deepspeed", 1.0)):
         script.write_text(text)
