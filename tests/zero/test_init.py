@@ -14,6 +14,7 @@ from cases import Case, Plain, one_pass, sgd
 from models import Block, Net, batch
 from tolerances import tolerance
 from torch import nn
+from torch.nn import functional as F
 
 import tritonspeed as ts
 import tritonspeed.zero.init as zero_init
@@ -45,6 +46,17 @@ class InitInConstructor(Net):
             module.weight.data.normal_(0.0, 0.2)
 
 
+class FusedHead(Net):
+    """Reads its head's weight without calling the head, which is large enough to be a unit of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab=97)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        logits = F.linear(self.hidden(tokens), self.head.weight)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
 class TwoTypesAtOnce(nn.Module):
     """One module that owns parameters of two dtypes, trainable and frozen, and an integer buffer."""
 
@@ -64,6 +76,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "initialised in its constructor": InitInConstructor,
     "tied, initialised in its constructor": lambda: InitInConstructor(tied=True),
     "two types": TwoTypesAtOnce,
+    "reads a weight from elsewhere": FusedHead,
 }
 
 
@@ -118,7 +131,7 @@ def built_and_trained(name: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("name", ["tied", "initialised in its constructor"])
+@pytest.mark.parametrize("name", ["tied", "initialised in its constructor", "reads a weight from elsewhere"])
 def test_trained_after_init_equals_trained_without(ranks: Any, name: str, stage: int) -> None:
     ranks(2, built_and_trained, name, stage)
 

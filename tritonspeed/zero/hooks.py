@@ -81,7 +81,7 @@ class Hooks:
                 self._handles.append(module.register_state_dict_post_hook(hide_sharded))
                 self._handles.append(module.register_load_state_dict_pre_hook(refuse_sharded))
                 self._handles.append(module.register_load_state_dict_post_hook(keep_loaded))
-                if frees and type(module._parameters) is dict:
+                if frees and not isinstance(module._parameters, GuardedParameters):  # zero.Init's are no plain dict
                     module.__dict__["_parameters"] = GuardedParameters(module._parameters, self._read)
                     self._guarded.append(module)
 
