@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Hugging Face: one script, one config, not a word changed
 #
-# Trainer, Accelerate and TRL say `import deepspeed`. Started by `tritonspeed run`, they find tritonspeed under that name.
+# Trainer, Accelerate and TRL say `import deepspeed`. Started by `tritonspeed run`, they find tritonspeed under it.
 #
 # 1. A Trainer script and a `ds_config.json`, as they are written everywhere.
 # 2. What will happen with both, said before anything runs.
@@ -83,7 +83,7 @@ def config_of(stage):
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": stage, "overlap_comm": True, **dict.fromkeys(sizes, "auto")},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
     }
 
 
@@ -111,8 +111,8 @@ print(tritonspeed("check", "stage3.json", "--script", "train.py", "--world", "2"
 # %% [markdown]
 # ## 3. Three stages, one curve
 #
-# `tritonspeed run` has DeepSpeed's launcher flags. Two ranks each time; where the config says stage 3, no rank holds the
-# whole model between two uses of it.
+# `tritonspeed run` has DeepSpeed's launcher flags. Two ranks each time; where the config says stage 3, no rank holds
+# the whole model between two uses of it.
 
 # %%
 runs = {}
