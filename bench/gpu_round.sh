@@ -23,7 +23,7 @@ export PYTHONUNBUFFERED=1
 export TRITONSPEED_CONFIG_DIR=$out/tuned
 part kernels 150 "$python" -m pytest -m gpu tests/kernels tests/optim
 part engine 70 "$python" -m pytest -m gpu tests --ignore tests/kernels --ignore tests/optim \
-    --ignore tests/zero/test_offload_gpu.py --basetemp "$out/engine"   # offload has a round of its own: gpu_offload.sh
+    --ignore tests/integrations --ignore tests/zero/test_offload_gpu.py --basetemp "$out/engine"   # offload has a round of its own: gpu_offload.sh
 part tune 120 "$python" -m tritonspeed.cli tune --shapes llama8b --time-limit 100
 part suite 125 "$python" -m bench run --models llama8b gpt2 --skip torch.compile --time-limit 105 --out "$out"
 part compiled 60 "$python" -m bench run --models llama8b --what against-compile --time-limit 40 --out "$out" \
