@@ -74,7 +74,7 @@ def test_the_command_line_of_trl(tmp_path):
     del env["RANK"]
     chosen = ["--model_name_or_path", "models/model-0-False-0", "--dataset_name", "data", "--output_dir", "saved"]
     shape = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_to", "none"]
-    launch = ["--accelerate_config", "zero3", "--num_processes", "2"]
+    launch = ["--accelerate_config", "zero3", "--num_processes", "2", "--main_process_port", "0"]  # 0: a free one
     said = run("trl", "sft", *chosen, *shape, "--use_cpu", "--save_strategy", "no", *launch)
     assert "`deepspeed` is tritonspeed" in said and said.count("'grad_norm'") == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.vocab_size == 64

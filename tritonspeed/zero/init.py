@@ -92,7 +92,8 @@ class CutParameters(dict):
     __slots__ = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Parameter | None]:
-        groups = groups_of([p for p in self.values() if p is not None and id(p) not in memo])  # others stand for the rest
+        missing = [p for p in self.values() if p is not None and id(p) not in memo]  # the copier may bring its own
+        groups = groups_of(missing)
         for group in groups:
             group.acquire("copied")
         try:
