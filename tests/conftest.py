@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import Worlds
 
+from tritonspeed.integrations.finder import SAID_VARIABLE
 from tritonspeed.kernels.tuned import use_stores
 
 
@@ -29,6 +30,12 @@ def _untuned() -> None:
 def _seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That `deepspeed` is tritonspeed has not been said yet: a run that one test starts knows of no other test's."""
+    monkeypatch.setenv(SAID_VARIABLE, "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,7 +32,7 @@ log = logging.getLogger("tritonspeed")
 
 FOLDER = Path(__file__).parent / "path"
 FORCE_VARIABLE = "TRITONSPEED_AS_DEEPSPEED"
-_SAID_VARIABLE = "TRITONSPEED_SAID"  # inherited: of a launcher, its ranks and what they start, one says who answers
+SAID_VARIABLE = "TRITONSPEED_SAID"  # inherited: of a launcher, its ranks and what they start, one says who answers
 _DECIDED_BY = (  # modules that look for deepspeed while they are imported
     *("accelerate", "transformers.integrations.deepspeed", "transformers.trainer"),
     *("lightning.fabric.strategies.deepspeed", "lightning_fabric.strategies.deepspeed"),
@@ -189,9 +189,9 @@ def take_over(module_name: str) -> None:
 
 def _announce() -> None:
     """Once per run, on rank 0: which engine answers."""
-    if os.environ.get("RANK", "0") != "0" or os.environ.get(_SAID_VARIABLE):
+    if os.environ.get("RANK", "0") != "0" or os.environ.get(SAID_VARIABLE):
         return
-    os.environ[_SAID_VARIABLE] = "1"
+    os.environ[SAID_VARIABLE] = "1"
     speak()
     real = installed_deepspeed()
     if real is None:
