@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import Any
 from weakref import ref
 
 import torch
@@ -13,9 +13,6 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonspeed.zero.bucket import Bucket, ShardState
-
-if TYPE_CHECKING:
-    from tritonspeed.zero.shard import ShardedModel
 
 # Parameter -> weak references to its Group and Bucket, and its number there. Weak, because a bucket holds its
 # parameters, and a value that holds its key never goes. Whoever made the group keeps it.
@@ -42,7 +39,7 @@ class Group:
         self.frees = any(b.frees for b in buckets)
         self.is_whole = True  # kept by wait and reshard
         self.keeper: RemovableHandle | None = None  # what holds it where no sharded model does: until it is empty
-        self.owner: ref[ShardedModel] | None = None  # the sharded model that holds it
+        self.owner: ref[Any] | None = None  # the sharded model that holds it
         for bucket in buckets:
             for i, p in enumerate(bucket.parameters):
                 _group_of[p] = (ref(self), ref(bucket), i)
