@@ -143,10 +143,9 @@ class Engine(Getters, Saving, Weights, Observing, nn.Module):
         Where another engine's ``backward`` runs through this one, the loss carries that engine's scale.
         """
         self._num_backwards += 1
-        if not _driving:
-            self._watch.begin_backward()
         if _driving:
             return self.loss_scale() / _driving[-1].loss_scale()
+        self._watch.begin_backward()
         if self.loss_scale() != 1.0 and not self._loss_was_scaled:
             raise ValueError(
                 f"fp16 has a loss scale ({self.loss_scale():g}), and this loss was not multiplied with it: call"

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tritonspeed.zero import safe_get_local_fp32_param
-from tritonspeed.zero.group import group_of, place_of
+from tritonspeed.zero.access import part_of
+from tritonspeed.zero.group import group_of, groups_of, place_of
 
 
 class ZeroParamStatus(enum.Enum):
@@ -52,14 +53,19 @@ def _status(p: Parameter) -> ZeroParamStatus:
 
 
 def _all_gather(p: Parameter, param_list: list[Parameter] | None = None, **_: Any) -> None:
-    for group in {id(g): g for g in map(group_of, param_list or [p]) if g is not None}.values():
+    for group in groups_of(param_list or [p]):
         group.acquire("all_gather")
 
 
 def _partition(p: Parameter, param_list: list[Parameter] | None = None, **_: Any) -> None:
-    for group in {id(g): g for g in map(group_of, param_list or [p]) if g is not None}.values():
+    for group in groups_of(param_list or [p]):
         group.release("all_gather")
         group.reshard()
+
+
+def _own_numel(p: Parameter) -> int:
+    _, lo, hi, _ = part_of(p)
+    return hi - lo
 
 
 def _summary(p: Parameter, **_: Any) -> dict[str, Any]:
@@ -78,7 +84,7 @@ _ANSWERS: dict[str, Callable[[Parameter], Any]] = {
     "ds_summary": lambda p: lambda **kwargs: _summary(p, **kwargs),
     "all_gather": lambda p: lambda *args, **kwargs: _all_gather(p, *args, **kwargs),
     "partition": lambda p: lambda *args, **kwargs: _partition(p, *args, **kwargs),
-    "partition_numel": lambda p: lambda: safe_get_local_fp32_param(p).numel(),
+    "partition_numel": lambda p: lambda: _own_numel(p),
 }
 
 

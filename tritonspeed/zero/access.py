@@ -18,7 +18,7 @@ from tritonspeed.zero.group import place_of
 from tritonspeed.zero.step import ZeroOptimizer
 
 
-def _part(p: Parameter) -> tuple[Bucket, int, int, int]:
+def part_of(p: Parameter) -> tuple[Bucket, int, int, int]:
     """(bucket, lo, hi, start): p's elements [lo, hi) of the bucket that this rank's slice holds; p starts at start."""
     _, bucket, index = place_of(p)
     span = bucket.layout.spans[index]
@@ -55,7 +55,7 @@ def _state(bucket: Bucket, key: str, lo: int, hi: int) -> Tensor | None:
 
 
 def _assemble(p: Parameter, local: Callable[[Bucket, int, int], Tensor | None]) -> Tensor | None:
-    bucket, lo, hi, start = _part(p)
+    bucket, lo, hi, start = part_of(p)
     mine = local(bucket, lo, hi)
     # one more element counts the ranks that have any: those that do not, take part all the same
     whole = torch.zeros(p.numel() + 1, dtype=bucket.types.master, device=bucket.mesh.device)
@@ -148,7 +148,7 @@ def safe_update_full_grad_vectorized(
 
 
 def _with_gradient(param: Parameter) -> tuple[Bucket, int, int, int]:
-    bucket, lo, hi, start = _part(param)
+    bucket, lo, hi, start = part_of(param)
     if bucket.own_grad() is None:
         raise ValueError(
             f"'{bucket.name}' has no gradient to set yet: a backward makes it, at stages 0 and 1 the last one before"
@@ -172,19 +172,19 @@ def _check_part(values: Tensor, lo: int, hi: int) -> Tensor:
 
 def safe_get_local_fp32_param(param: Parameter) -> Tensor:
     """This rank's part of ``param``'s master, flat; empty where it holds none of it."""
-    bucket, lo, hi, _ = _part(param)
+    bucket, lo, hi, _ = part_of(param)
     return _master(bucket, lo, hi)
 
 
 def safe_get_local_grad(param: Parameter) -> Tensor | None:
     """This rank's part of ``param``'s averaged, unscaled gradient, flat."""
-    bucket, lo, hi, _ = _part(param)
+    bucket, lo, hi, _ = part_of(param)
     return _gradient(bucket, lo, hi)
 
 
 def safe_get_local_optimizer_state(param: Parameter, optim_state_key: str) -> Tensor | None:
     """This rank's part of the optimizer's tensor, flat."""
-    bucket, lo, hi, _ = _part(param)
+    bucket, lo, hi, _ = part_of(param)
     return _state(bucket, optim_state_key, lo, hi)
 
 
@@ -206,7 +206,7 @@ def safe_set_local_fp32_param(param: Parameter, value: Tensor) -> None:
     Raises:
         ValueError: another length; or the parameter is whole on every rank, so that one rank's part is not enough.
     """
-    bucket, lo, hi, _ = _part(param)
+    bucket, lo, hi, _ = part_of(param)
     if bucket.state is not ShardState.SHARDED:
         raise ValueError(f"'{bucket.name}' is whole on every rank: set all of it, with safe_set_full_fp32_param")
     values = _check_part(value, lo, hi)
@@ -222,7 +222,7 @@ def safe_set_local_optimizer_state(param: Parameter, value: Tensor, optim_state_
     Raises:
         ValueError: another length; there is no such state yet; or every rank has all of it (stage 0).
     """
-    bucket, lo, hi, _ = _part(param)
+    bucket, lo, hi, _ = part_of(param)
     if bucket.owned != bucket.own:
         raise ValueError(f"every rank has the whole {optim_state_key!r}: set it with safe_set_full_optimizer_state")
     values, states = _check_part(value, lo, hi), _stepper(bucket).states
